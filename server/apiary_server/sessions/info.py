@@ -1,0 +1,34 @@
+"""What can be said about a session from outside: plain data."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class State(enum.Enum):
+    """Where a session's cache lies."""
+
+    EMPTY = "empty"
+    RESIDENT = "resident"
+    PARKED = "parked"
+    BUSY = "busy"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """One session as it is now. Times are wall-clock, in seconds since 1970; `bytes` are leased bytes."""
+
+    id: str
+    policy: str
+    create_time: float
+    update_time: float
+    expire_time: float
+    labels: Mapping[str, str]
+    state: State
+    turn_count: int
+    token_count: int
+    entries: int
+    bound: int
+    bytes: int

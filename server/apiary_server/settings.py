@@ -1,0 +1,133 @@
+"""Everything that an operator can set: flags win over APIARY_* variables, these over the config file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_bytes(value: object) -> object:
+    """Turn `1GiB`, `512MiB`, `2GB` or a plain number into bytes."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"{value!r} is not a size; write for example 512MiB or 1.5GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+
+
+class Settings(BaseSettings):
+    """The worker's settings. Sizes in bytes, times in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="APIARY_", extra="forbid", frozen=True)
+
+    # where and what
+    listen: str = "127.0.0.1:50051"
+    model: str = "smollm2-135m"
+    weights: Literal["fp32", "int8"] = "fp32"
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads: int = Field(0, ge=0, description="torch threads; 0 lets torch choose")
+
+    # memory
+    cache_budget: Bytes = 2**30
+    parked_budget: Bytes = 4 * 2**30
+    policy: str = "buzz"
+    slack: int = Field(64, ge=1, le=4096, description="entries a slot has beyond the bound")
+    workspaces: int = Field(1, ge=1, le=16)
+    workspace_entries: int = Field(4096, ge=128, le=2**20)
+    reserve_slots: int = Field(1, ge=1, le=1024, description="slots that only running turns may take")
+    max_sessions: int = Field(10_000, ge=1)
+
+    # scheduling
+    step_tokens: int = Field(256, ge=1, le=65_536, description="most tokens in a step")
+    max_running: int = Field(64, ge=1, le=4096, description="most turns in flight")
+    queue_limit: int = Field(256, ge=1)
+    max_prompt_tokens: int = Field(131_072, ge=1)
+    default_max_tokens: int = Field(512, ge=1)
+    max_tokens: int = Field(32_768, ge=1)
+    stall_limit: float = Field(30.0, gt=0, description="a reader that takes nothing for this long is dropped")
+    stream_tokens: int = Field(1024, ge=1, description="tokens that wait for a slow reader; then its turn pauses")
+    step_limit: float = Field(120.0, gt=0, description="a step that hangs this long ends the process")
+    session_ttl: float = Field(86_400.0, gt=0, description="sessions end this long after their last turn")
+    drain_grace: float = Field(20.0, ge=0, description="time for running turns after SIGTERM")
+
+    # what comes later is refused, not ignored
+    state_dir: Path | None = None
+    durability: Literal["turn", "idle", "off"] = "off"
+    snapshot_key_file: Path | None = None
+
+    # network and telemetry
+    insecure: bool = Field(False, description="allow plaintext on an address that others can reach")
+    tls_cert_file: Path | None = None
+    tls_key_file: Path | None = None
+    max_message_bytes: Bytes = 8 * 2**20
+    otlp_endpoint: str | None = None
+    metrics_port: int | None = Field(None, ge=0, le=65_535, description="Prometheus port; absent means none")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "json", "console"] = "auto"
+
+    @field_validator("listen")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65_535:
+            raise ValueError(f"{value!r} is not HOST:PORT, for example 127.0.0.1:50051 or 0.0.0.0:50051")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Settings:
+        for name, off in (("state_dir", None), ("snapshot_key_file", None), ("durability", "off"), ("weights", "fp32")):
+            if getattr(self, name) != off:
+                raise ValueError(f"{name} is not implemented yet: leave it at {off or 'unset'}")
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file go together")
+        host = self.listen.rpartition(":")[0].strip("[]")
+        loopback = host in {"localhost", "::1"} or host.startswith("127.")
+        if not loopback and not self.insecure and self.tls_cert_file is None:
+            raise ValueError(
+                f"listen {self.listen} can be reached by others: set tls_cert_file and tls_key_file, "
+                "or --insecure to serve plaintext there"
+            )
+        return self
+
+    @classmethod
+    def load(cls, config: Path | None = None, **flags: Any) -> Settings:
+        """Read the settings. `flags` that are None count as absent.
+
+        Raises:
+            pydantic.ValidationError: a value is malformed, unknown or out of range.
+            FileNotFoundError: `config` does not exist.
+        """
+        if config is not None and not config.is_file():
+            raise FileNotFoundError(f"no config file {config}")
+
+        class Loaded(cls):  # type: ignore[valid-type, misc]
+            @classmethod
+            def settings_customise_sources(
+                cls,
+                settings_cls: type[BaseSettings],
+                init_settings: PydanticBaseSettingsSource,
+                env_settings: PydanticBaseSettingsSource,
+                **_: PydanticBaseSettingsSource,
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                sources = (init_settings, env_settings)
+                return sources if config is None else (*sources, TomlConfigSettingsSource(settings_cls, config))
+
+        return Loaded(**{name: value for name, value in flags.items() if value is not None})
