@@ -1,0 +1,145 @@
+"""Causal attention over a bounded cache that also tells how much weight each key received.
+
+Both functions run without gradients, serve grouped query heads (query head i reads KV head
+i // group), take their softmax in float32 at least, and compute their products in the wider of the
+queries' and the cache's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_ROWS = 128  # query rows at a time, so that logits take memory for rows x n, not T x n
+
+
+@torch.no_grad()
+def attend_chunk(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    mass: Tensor | None = None,
+    log_n: int | None = None,
+) -> Tensor:
+    """Attention of one session's new tokens to its cache, themselves included.
+
+    Args:
+        query: floating `[query_heads, T, head_dim]`, the last T of the n tokens.
+        keys: `[kv_heads, n, head_dim]`; any strides.
+        values: `[kv_heads, n, head_dim]`; any strides.
+        scale: factor on the logits.
+        mass: float32 or wider `[kv_heads, n]`; grows in place by each key's softmax weights, summed over
+            the queries and over the query heads of its group.
+        log_n: multiply a query's logits by `max(1, log(m) / log(log_n))`, m the keys in its view.
+
+    Returns:
+        `[query_heads, T, head_dim]` in the queries' dtype.
+    """
+    query_heads, count, head_dim = query.shape
+    kv_heads, n, _ = keys.shape
+    compute, wide = _dtypes(query, keys)
+    seen = torch.arange(n - count + 1, n + 1, device=query.device)
+    grouped = _scaled(query, scale, seen, log_n, wide).to(compute).view(kv_heads, -1, count, head_dim)
+    keys, values = keys.to(compute), values.to(compute)
+    output = query.new_empty(kv_heads, grouped.shape[1], count, head_dim)
+    for start in range(0, count, _ROWS):
+        rows = min(_ROWS, count - start)
+        view = n - count + start + rows  # keys that the last of these rows sees
+        block = grouped[:, :, start : start + rows].reshape(kv_heads, -1, head_dim)
+        logits = torch.bmm(block, keys[:, :view].transpose(1, 2)).to(wide).view(kv_heads, -1, rows, view)
+        future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
+        logits[..., view - rows :].masked_fill_(future, float("-inf"))
+        weights = logits.softmax(dim=-1).view(kv_heads, -1, view)
+        if mass is not None:
+            mass[:, :view] += weights.sum(dim=1)
+        attended = torch.bmm(weights.to(compute), values[:, :view])
+        output[:, :, start : start + rows] = attended.view(kv_heads, -1, rows, head_dim)
+    return output.view(query_heads, count, head_dim)
+
+
+@torch.no_grad()
+def attend_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    mass: Tensor | None = None,
+    log_n: int | None = None,
+) -> Tensor:
+    """Attention of one new token in each of B sessions to that session's cache, itself included.
+
+    Keys and values are read where they lie, at any stride: a batch over slots of a pool is not copied.
+    Memory beyond a row's length may hold anything, NaN included.
+
+    Args:
+        query: floating `[B, query_heads, head_dim]`.
+        keys: `[B, kv_heads, N, head_dim]`, N at least the longest length.
+        values: `[B, kv_heads, N, head_dim]`.
+        lengths: int64 `[B]` on the queries' device, each at least 1: row b attends to its first
+            `lengths[b]` entries.
+        scale: factor on the logits.
+        mass: float32 or wider `[B, kv_heads, N]`, any strides; grows in place by each key's softmax
+            weights, summed over the query heads of its group.
+        log_n: multiply a row's logits by `max(1, log(length) / log(log_n))`.
+
+    Returns:
+        `[B, query_heads, head_dim]` in the queries' dtype.
+    """
+    batch, query_heads, head_dim = query.shape
+    kv_heads, n = keys.shape[1:3]
+    compute, wide = _dtypes(query, keys)
+    grouped = (
+        _scaled(query, scale, lengths.unsqueeze(1), log_n, wide)
+        .to(compute)
+        .view(batch, kv_heads, -1, head_dim)
+    )
+    beyond = (torch.arange(n, device=query.device) >= lengths.unsqueeze(1)).view(batch, 1, 1, n)
+    # Strides of batch and heads cannot be merged, so one is looped over (the shorter) and comes first.
+    swap = kv_heads < batch
+    if swap:
+        grouped, keys, values, beyond = (t.transpose(0, 1) for t in (grouped, keys, values, beyond))
+    logits = torch.empty(*grouped.shape[:3], n, dtype=compute, device=query.device)
+    for q, k, out in zip(grouped, keys, logits, strict=True):
+        torch.bmm(q, k.to(compute).transpose(1, 2), out=out)
+    weights = logits.to(wide).masked_fill_(beyond, float("-inf")).softmax(dim=-1)
+    if mass is not None:
+        mass += (weights.transpose(0, 1) if swap else weights).sum(dim=2)
+    weights = weights.to(compute)
+    output = torch.empty(grouped.shape, dtype=compute, device=query.device)
+    for w, v, out in zip(weights, values, output, strict=True):
+        torch.bmm(w, v.to(compute), out=out)
+    if swap:
+        output, weights, values = (t.transpose(0, 1) for t in (output, weights, values))
+    _forget_garbage(output, weights, values, lengths)
+    return output.reshape(batch, query_heads, head_dim).to(query.dtype)
+
+
+def _forget_garbage(output: Tensor, weights: Tensor, values: Tensor, lengths: Tensor) -> None:
+    """Recompute the rows of `[B, kv_heads, group, head_dim]` where 0 x NaN from beyond the length leaked in.
+
+    Masking the values would read and write the whole cache at every step; garbage that is not finite
+    is rare (memory that was never written), and shows in the output.
+    """
+    clean = output.isfinite().flatten(1).all(dim=1)
+    if not bool(clean.all()):
+        for row in (~clean).nonzero().flatten().tolist():
+            length = int(lengths[row])
+            output[row] = torch.bmm(weights[row, :, :, :length], values[row, :, :length].to(weights.dtype))
+
+
+def _dtypes(query: Tensor, keys: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    compute = torch.promote_types(query.dtype, keys.dtype)
+    return compute, torch.promote_types(compute, torch.float32)
+
+
+def _scaled(query: Tensor, scale: float, seen: Tensor, log_n: int | None, wide: torch.dtype) -> Tensor:
+    """Queries `[..., head_dim]` times scale and, if asked, the log-n factor of the keys `seen` (`[...]`)."""
+    scaled = query.to(wide) * scale
+    if log_n is None:
+        return scaled
+    factor = (seen.to(wide).log() / math.log(log_n)).clamp_(min=1)
+    return scaled * factor.unsqueeze(-1)

@@ -1,0 +1,91 @@
+"""BUZZ: a honeycomb of cells, in each of which the most attended entry survives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from buzz.policy import Compaction, Policy, PolicyError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buzz(Policy):
+    """Beehive-structured sparse cache with segmented heavy hitters (BUZZ, https://arxiv.org/abs/2410.23079).
+
+    The first `sink` and last `window` entries always stay. When the middle between them holds more than
+    `threshold`, it is compacted: of the entries that an earlier compaction sampled, every
+    `(stride + 1) // 2`-th stays, from the first; the new ones are cut into cells of `stride` (the last
+    may be shorter), and in each cell each KV head keeps its entry with the largest score (first wins a
+    tie). Then the whole middle counts as sampled. Scores of the sink and of formerly sampled entries
+    restart at 0; the others' go on. All heads keep equally many, so `bound = sink + window + threshold`.
+
+    Attributes:
+        sink: first entries, always kept.
+        window: most recent entries, always kept.
+        threshold: most middle entries at rest; at least 1.
+        stride: cell size; at least 3, since with less the sampled entries never shrink.
+        local_max: False keeps each cell's first entry instead of its most attended.
+        accumulate: False uses the scores of the last segment only (the authors' "fast" variant).
+        log_n: scale attention logits by `max(1, log(n) / log(log_n))`, n keys in view; at least 2.
+    """
+
+    sink: int = 4
+    window: int = 160
+    threshold: int = 400
+    stride: int = 5
+    local_max: bool = True
+    accumulate: bool = True
+    log_n: int | None = None
+
+    name: ClassVar[str] = "buzz"
+    scored: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride < 3:
+            raise PolicyError(
+                f"buzz: stride={self.stride} is less than 3: sampled entries would never shrink, "
+                "and compaction would not end"
+            )
+        if self.threshold < 1:
+            raise PolicyError(
+                f"buzz: threshold={self.threshold} is less than 1: the middle cannot shrink to nothing"
+            )
+        if self.log_n is not None and self.log_n < 2:
+            raise PolicyError(f"buzz: log_n={self.log_n} is less than 2, and log(1) = 0 cannot divide")
+        self._check_bound()
+
+    @property
+    def bound(self) -> int:
+        return self.sink + self.window + self.threshold
+
+    @property
+    def accumulates(self) -> bool:
+        return self.accumulate
+
+    def due(self, n: int, sampled: int) -> bool:
+        return n - self.sink - self.window > self.threshold
+
+    def compact(self, n: int, sampled: int, score: Tensor | None) -> Compaction:
+        """Thin the middle once: index and score `[..., kv_heads, m]`, m a function of n and sampled."""
+        if score is None:
+            raise ValueError("buzz compacts by score, and none was given")
+        start, end = self.sink + sampled, n - self.window  # of the new middle entries
+
+        def spaced(first: int, last: int, step: int = 1) -> Tensor:
+            return torch.arange(first, last, step, device=score.device).expand(*score.shape[:-1], -1)
+
+        old = spaced(self.sink, start, (self.stride + 1) // 2)
+        new = spaced(start, end, self.stride)
+        if self.local_max:
+            cells = new.shape[-1]
+            padded = pad(score[..., start:end], (0, cells * self.stride - (end - start)), value=float("-inf"))
+            new = new + padded.view(*padded.shape[:-1], cells, self.stride).argmax(dim=-1)
+        index = torch.cat([spaced(0, self.sink), old, new, spaced(end, n)], dim=-1)
+        kept = score.gather(-1, index)
+        kept[..., : self.sink + old.shape[-1]] = 0
+        return Compaction(index, kept, old.shape[-1] + new.shape[-1])

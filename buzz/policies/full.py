@@ -1,0 +1,50 @@
+"""Keep everything, up to a stated bound."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from buzz.policy import Compaction, Policy, PolicyError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(Policy):
+    """The full cache: nothing is ever evicted, so its user must refuse tokens past the bound.
+
+    Attributes:
+        bound: most entries; None, the default, means the model's length and holds until `resolve`.
+    """
+
+    bound: int | None = None  # type: ignore[assignment]  # an int for everyone after `resolve`
+
+    name: ClassVar[str] = "full"
+    scored: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bound is not None:
+            self._check_bound()
+
+    def due(self, n: int, sampled: int) -> bool:
+        return False
+
+    def compact(self, n: int, sampled: int, score: Tensor | None) -> Compaction:
+        """Keep all `n`: index `[n]`."""
+        return Compaction(torch.arange(n), None, sampled)
+
+    def resolve(self, max_positions: int) -> Self:
+        """This policy with a concrete bound.
+
+        Raises:
+            PolicyError: the bound exceeds the model's positions.
+        """
+        if self.bound is None:
+            return dataclasses.replace(self, bound=max_positions)
+        if self.bound > max_positions:
+            raise PolicyError(f"{self} exceeds the model's {max_positions} positions")
+        return self

@@ -1,0 +1,92 @@
+"""From names to policies: `parse("buzz(window=300,stride=3)")`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass
+from typing import TypeVar
+
+from buzz.policies.buzz import Buzz
+from buzz.policies.full import Full
+from buzz.policies.h2o import H2O
+from buzz.policies.streaming import Streaming
+from buzz.policy import Policy, PolicyError
+
+MAX_SPEC_CHARS = 256
+
+_SPEC = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(?:\(([^()]*)\)\s*)?", re.ASCII)
+_SETTING = re.compile(r"\s*([a-z][a-z0-9_]*)\s*=\s*(-?[0-9]+|[A-Za-z_]+|'[a-z_]+'|\"[a-z_]+\")\s*", re.ASCII)
+_WORDS = {"true": True, "false": False, "none": None}
+
+_policies: dict[str, type[Policy]] = {}
+_P = TypeVar("_P", bound=type[Policy])
+
+
+def register(policy: _P) -> _P:
+    """Make a policy known by its `name`; usable as a class decorator.
+
+    Raises:
+        PolicyError: it is no frozen dataclass derived from `Policy`, or its name is malformed or taken.
+    """
+    if not (isinstance(policy, type) and issubclass(policy, Policy) and is_dataclass(policy)):
+        raise PolicyError(f"{policy!r} is not a dataclass derived from buzz.Policy")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", getattr(policy, "name", "")):
+        raise PolicyError(f"{policy.__name__} needs a name of lower-case letters, digits and _")
+    if _policies.setdefault(policy.name, policy) is not policy:
+        raise PolicyError(
+            f"the policy name {policy.name!r} is taken by {_policies[policy.name].__qualname__}"
+        )
+    return policy
+
+
+def names() -> tuple[str, ...]:
+    """The known policies' names, sorted."""
+    return tuple(sorted(_policies))
+
+
+def parse(spec: str) -> Policy:
+    """Read a policy from its specification: a name, and settings by name in parentheses.
+
+    Values are integers, `true`, `false`, `none` or words: `buzz`, `buzz(window=300,positions=original)`.
+    `parse(str(policy)) == policy` for every policy.
+
+    Raises:
+        PolicyError: the specification is malformed or longer than 256 characters, the policy or a
+            setting is unknown or repeated, or a value has the wrong type or is out of range.
+    """
+    if len(spec) > MAX_SPEC_CHARS:
+        raise PolicyError(f"a policy has at most {MAX_SPEC_CHARS} characters, not {len(spec)}")
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise PolicyError(f"{spec!r} is not a policy; write for example buzz or buzz(window=300,stride=3)")
+    name, body = match[1], match[2]
+    if name not in _policies:
+        raise PolicyError(f"unknown policy {name!r}; known are {', '.join(names())}")
+    policy = _policies[name]
+    allowed = [field.name for field in fields(policy)]
+    settings: dict[str, object] = {}
+    for part in body.split(",") if body and body.strip() else ():
+        setting = _SETTING.fullmatch(part)
+        if setting is None:
+            raise PolicyError(
+                f"{name}: {part.strip()!r} is not setting=value; settings are {', '.join(allowed)}"
+            )
+        key, text = setting[1], setting[2]
+        if key not in allowed:
+            raise PolicyError(f"{name}: unknown setting {key!r}; settings are {', '.join(allowed)}")
+        if key in settings:
+            raise PolicyError(f"{name}: {key} is set twice")
+        settings[key] = _value(text)
+    return policy(**settings)  # type: ignore[arg-type]  # the policy checks its own types
+
+
+def _value(text: str) -> object:
+    if text[0] in "'\"":
+        return text[1:-1]
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    return text if text[0].isalpha() or text[0] == "_" else int(text)
+
+
+for _builtin in (Buzz, Full, H2O, Streaming):
+    register(_builtin)
