@@ -1,0 +1,89 @@
+"""What the commands print: answers and tables on stdout, everything else on stderr, errors as one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from apiary_client import errors
+
+# Names and texts from outside are printed as they are: no markup.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def write(text: str) -> None:
+    """Print a piece of an answer as it is, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Print a remark for people on stderr."""
+    err.print(Text(text, style="dim"), soft_wrap=True)
+
+
+def complain(message: str) -> None:
+    """Print one red line on stderr."""
+    err.print(Text(f"error: {' '.join(message.split())}", style="red"), soft_wrap=True)
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Complain and end the command."""
+    complain(message)
+    raise typer.Exit(code)
+
+
+def explain(error: errors.ApiaryError, target: str) -> str:
+    """Return an error's message with what to do about it."""
+    hint = _hint(error, target)
+    return f"{error.message} ({hint})" if hint else error.message
+
+
+def _hint(error: errors.ApiaryError, target: str) -> str | None:
+    match error:
+        case errors.Unavailable(reason=None):
+            return f"is a worker running at {target}? start one with `apiary serve`, or name it with --target"
+        case errors.SessionNotFound():
+            return "`apiary sessions list` shows yours"
+        case errors.SessionExists():
+            return "choose another name"
+        case errors.SessionBusy():
+            return "wait until its other turn ends"
+        case errors.MethodNotImplemented(reason=None):
+            return f"is {target} an Apiary worker?"
+    if error.retry_after is not None:
+        return f"try again in {error.retry_after:g} s"
+    return None
+
+
+def json_text(value: object) -> str:
+    """Return dataclasses, lists and dictionaries of them as JSON for programs."""
+    plain = [asdict(item) for item in value] if isinstance(value, list) else value
+    plain = asdict(plain) if is_dataclass(plain) and not isinstance(plain, type) else plain
+    return json.dumps(plain, indent=2, ensure_ascii=False, default=_json_scalar)
+
+
+def _json_scalar(value: object) -> Any:
+    match value:
+        case datetime():
+            return value.isoformat()
+        case Path():
+            return str(value)
+        case Enum():
+            return value.value
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def examples(*lines: str) -> str:
+    """Return a help epilog with one example a line."""
+    return "\n\n".join(("[bold]Examples[/bold]", *lines))

@@ -1,0 +1,110 @@
+"""`apiary sessions`: look at conversations and delete them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from apiary_client.cli import console
+from apiary_client.cli.options import DEFAULT_TARGET, Json, Target, Tenant, Tls, TlsRootFile, connect
+from apiary_client.types import Session
+
+app = typer.Typer(no_args_is_help=True, help="Look at sessions and delete them.")
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The session's id, with or without `sessions/`.")]
+
+
+@app.command(
+    "list",
+    epilog=console.examples("apiary sessions list", "apiary sessions list --json | jq -r '.\\[].name'"),
+)
+def list_(
+    json: Json = False,
+    target: Target = DEFAULT_TARGET,
+    tenant: Tenant = None,
+    tls: Tls = False,
+    tls_root_file: TlsRootFile = None,
+) -> None:
+    """List the tenant's sessions."""
+    with connect(target, tenant, tls, tls_root_file) as client:
+        sessions = list(client.list_sessions(page_size=1000))
+    if json:
+        console.write(console.json_text(sessions) + "\n")
+        return
+    table = Table("session", "state", "policy")
+    for heading in ("turns", "tokens", "cache / bound", "bytes", "expires"):
+        table.add_column(heading, justify="right")
+    for session in sessions:
+        table.add_row(
+            session.id,
+            session.state,
+            session.policy,
+            str(session.turn_count),
+            str(session.token_count),
+            f"{session.cache.entries} / {session.cache.bound}",
+            decimal(session.cache.bytes),
+            _when(session.expire_time),
+        )
+    console.out.print(table if sessions else "no sessions")
+
+
+@app.command(epilog=console.examples("apiary sessions show work", "apiary sessions show work --json"))
+def show(
+    name: Name,
+    json: Json = False,
+    target: Target = DEFAULT_TARGET,
+    tenant: Tenant = None,
+    tls: Tls = False,
+    tls_root_file: TlsRootFile = None,
+) -> None:
+    """Show one session."""
+    with connect(target, tenant, tls, tls_root_file) as client:
+        session = client.get_session(name)
+    if json:
+        console.write(console.json_text(session) + "\n")
+    else:
+        console.out.print(details(session))
+
+
+@app.command(epilog=console.examples("apiary sessions delete work"))
+def delete(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Ids of sessions.")],
+    target: Target = DEFAULT_TARGET,
+    tenant: Tenant = None,
+    tls: Tls = False,
+    tls_root_file: TlsRootFile = None,
+) -> None:
+    """Delete sessions and free their memory; a turn in flight is cancelled."""
+    with connect(target, tenant, tls, tls_root_file) as client:
+        for name in names:
+            client.delete_session(name)
+            console.note(f"deleted {name}")
+
+
+def details(session: Session) -> Table:
+    """Return a session's facts as a table."""
+    cache = session.cache
+    table = Table.grid(padding=(0, 2))
+    for label, value in (
+        ("session", session.name),
+        ("state", session.state),
+        ("policy", session.policy),
+        ("turns", str(session.turn_count)),
+        ("tokens", str(session.token_count)),
+        ("cache", f"{cache.entries} of at most {cache.bound} entries, {decimal(cache.bytes)}"),
+        ("created", _when(session.create_time)),
+        ("last turn", _when(session.update_time)),
+        ("expires", _when(session.expire_time)),
+        ("labels", ", ".join(f"{key}={value}" for key, value in sorted(session.labels.items())) or "none"),
+    ):
+        table.add_row(Text(label, style="dim"), value)
+    return table
+
+
+def _when(time: datetime | None) -> str:
+    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S") if time else "never"

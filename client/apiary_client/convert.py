@@ -1,0 +1,267 @@
+"""The sole place where protobuf and the client's dataclasses meet; both clients share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from apiary.v1 import generation_pb2 as generation_pb
+from apiary.v1 import model_pb2 as model_pb
+from apiary.v1 import session_pb2 as session_pb
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from apiary_client.types import (
+    CacheUsage,
+    Capacity,
+    Chat,
+    Completion,
+    Delta,
+    FinishReason,
+    Message,
+    Model,
+    OnCancel,
+    RebuildReason,
+    Sampling,
+    Session,
+    State,
+    Stopping,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+    WhenBusy,
+)
+
+_ROLES = {
+    "system": generation_pb.ChatMessage.ROLE_SYSTEM,
+    "user": generation_pb.ChatMessage.ROLE_USER,
+    "assistant": generation_pb.ChatMessage.ROLE_ASSISTANT,
+}
+_ON_CANCEL = {
+    OnCancel.DISCARD: generation_pb.ON_CANCEL_DISCARD,
+    OnCancel.KEEP: generation_pb.ON_CANCEL_KEEP,
+}
+_WHEN_BUSY = {
+    WhenBusy.REJECT: generation_pb.WHEN_BUSY_REJECT,
+    WhenBusy.WAIT: generation_pb.WHEN_BUSY_WAIT,
+}
+_FINISH_REASONS = {
+    generation_pb.FINISH_REASON_STOP: FinishReason.STOP,
+    generation_pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    generation_pb.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
+}
+_REBUILD_REASONS = {
+    generation_pb.Usage.REBUILD_REASON_SNAPSHOT_CORRUPT: RebuildReason.SNAPSHOT_CORRUPT,
+    generation_pb.Usage.REBUILD_REASON_MODEL_CHANGED: RebuildReason.MODEL_CHANGED,
+    generation_pb.Usage.REBUILD_REASON_POLICY_CHANGED: RebuildReason.POLICY_CHANGED,
+}
+_STATES = {
+    session_pb.Session.STATE_EMPTY: State.EMPTY,
+    session_pb.Session.STATE_RESIDENT: State.RESIDENT,
+    session_pb.Session.STATE_PARKED: State.PARKED,
+    session_pb.Session.STATE_BUSY: State.BUSY,
+}
+
+
+# ---- to protobuf
+
+
+def session_name(session: Session | str) -> str:
+    """Return the full name `sessions/{id}` of a session, its name or its id."""
+    name = session.name if isinstance(session, Session) else session
+    return name if name.startswith("sessions/") else f"sessions/{name}"
+
+
+def generate_request(
+    messages: Chat | None,
+    *,
+    text: str | None = None,
+    token_ids: Sequence[int] | None = None,
+    session: Session | str | None = None,
+    sampling: Sampling | None = None,
+    stopping: Stopping | None = None,
+    policy: str | None = None,
+    logprobs: int | None = None,
+    priority: int = 0,
+    request_id: str | None = None,
+    on_cancel: OnCancel | None = None,
+    when_busy: WhenBusy | None = None,
+) -> generation_pb.GenerateRequest:
+    """Build a turn from one of `messages`, `text` and `token_ids`; the rest is `TurnOptions`.
+
+    Raises:
+        ValueError: no input or several, an unknown role, or a number that its field cannot carry.
+    """
+    _exactly_one(messages=messages, text=text, token_ids=token_ids)
+    request = generation_pb.GenerateRequest(
+        messages=_chat(messages),
+        token_ids=None if token_ids is None else generation_pb.TokenIds(ids=token_ids),
+        session="" if session is None else session_name(session),
+        sampling=None if sampling is None else _sampling(sampling),
+        stopping=None if stopping is None else _stopping(stopping),
+        policy=policy or "",
+        logprobs=logprobs,
+        priority=priority,
+        request_id=request_id or "",
+        on_cancel=_ON_CANCEL[on_cancel] if on_cancel else generation_pb.ON_CANCEL_UNSPECIFIED,
+        when_busy=_WHEN_BUSY[when_busy] if when_busy else generation_pb.WHEN_BUSY_UNSPECIFIED,
+    )
+    if text is not None:
+        request.text = text
+    return request
+
+
+def tokenize_request(messages: Chat | None, text: str | None) -> generation_pb.TokenizeRequest:
+    """Build the request for the token ids of `messages` or `text`.
+
+    Raises:
+        ValueError: neither or both are given, or a role is unknown.
+    """
+    _exactly_one(messages=messages, text=text)
+    request = generation_pb.TokenizeRequest(messages=_chat(messages))
+    if text is not None:
+        request.text = text
+    return request
+
+
+def create_session_request(
+    session_id: str,
+    policy: str | None,
+    ttl: float | timedelta | None,
+    expire_time: datetime | None,
+    labels: Mapping[str, str] | None,
+) -> session_pb.CreateSessionRequest:
+    """Build the request for a new session; `ttl` in seconds.
+
+    Raises:
+        ValueError: both `ttl` and `expire_time` are given, or `expire_time` has no time zone.
+    """
+    if ttl is not None and expire_time is not None:
+        raise ValueError("give ttl or expire_time, not both")
+    if expire_time is not None and expire_time.tzinfo is None:
+        raise ValueError(f"expire_time {expire_time} needs a time zone, for example datetime.now(UTC)")
+    settings = session_pb.Session(policy=policy or "", labels=labels)
+    if ttl is not None:
+        settings.ttl.FromTimedelta(ttl if isinstance(ttl, timedelta) else timedelta(seconds=ttl))
+    if expire_time is not None:
+        settings.expire_time.FromDatetime(expire_time)
+    return session_pb.CreateSessionRequest(session_id=session_id, session=settings)
+
+
+def _exactly_one(**inputs: object) -> None:
+    given = [name for name, value in inputs.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(inputs)}; got {' and '.join(given) or 'none'}")
+
+
+def _chat(chat: Chat | None) -> generation_pb.ChatMessages | None:
+    if chat is None:
+        return None
+    if isinstance(chat, str):
+        chat = Message("user", chat)
+    messages = [chat] if isinstance(chat, Message) else chat
+    return generation_pb.ChatMessages(messages=[_message(message) for message in messages])
+
+
+def _message(message: Message) -> generation_pb.ChatMessage:
+    if message.role not in _ROLES:
+        raise ValueError(f"role {message.role!r} is none of {', '.join(_ROLES)}")
+    return generation_pb.ChatMessage(role=_ROLES[message.role], content=message.content)
+
+
+def _sampling(sampling: Sampling) -> generation_pb.Sampling:
+    return generation_pb.Sampling(**{item.name: getattr(sampling, item.name) for item in fields(sampling)})
+
+
+def _stopping(stopping: Stopping) -> generation_pb.Stopping:
+    return generation_pb.Stopping(**{item.name: getattr(stopping, item.name) for item in fields(stopping)})
+
+
+# ---- from protobuf
+
+
+def delta(response: generation_pb.StreamGenerateResponse) -> Delta:
+    """Return one piece of a streamed answer."""
+    return Delta(
+        text=response.text,
+        token_ids=tuple(response.token_ids),
+        index=response.index,
+        logprobs=_logprobs(response.logprobs),
+        finish_reason=_finish_reason(response.finish_reason) if response.finish_reason else None,
+        usage=_usage(response.usage) if response.HasField("usage") else None,
+    )
+
+
+def completion(response: generation_pb.GenerateResponse) -> Completion:
+    """Return a whole answer."""
+    return Completion(
+        text=response.text,
+        token_ids=tuple(response.token_ids),
+        logprobs=_logprobs(response.logprobs),
+        finish_reason=_finish_reason(response.finish_reason),
+        usage=_usage(response.usage),
+    )
+
+
+def session(response: session_pb.Session) -> Session:
+    """Return a session."""
+    cache = response.cache
+    return Session(
+        name=response.name,
+        policy=response.policy,
+        state=_STATES.get(response.state, State.UNKNOWN),
+        turn_count=response.turn_count,
+        token_count=response.token_count,
+        cache=CacheUsage(entries=cache.entries, bound=cache.bound, bytes=cache.bytes),
+        labels=dict(response.labels),
+        create_time=_time(response.create_time) if response.HasField("create_time") else None,
+        update_time=_time(response.update_time) if response.HasField("update_time") else None,
+        expire_time=_time(response.expire_time) if response.HasField("expire_time") else None,
+    )
+
+
+def model(response: model_pb.Model) -> Model:
+    """Return a served model."""
+    same: dict[str, Any] = {item.name: getattr(response, item.name) for item in fields(Model)}
+    return Model(**same | {"eos_token_ids": tuple(response.eos_token_ids)})
+
+
+def capacity(response: model_pb.Capacity) -> Capacity:
+    """Return a worker's capacity."""
+    return Capacity(**{item.name: getattr(response, item.name) for item in fields(Capacity)})
+
+
+def _finish_reason(number: generation_pb.FinishReason.ValueType) -> FinishReason:
+    return _FINISH_REASONS.get(number, FinishReason.UNKNOWN)
+
+
+def _logprobs(logprobs: Iterable[generation_pb.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(item.token_id, item.logprob, tuple(TopLogprob(t.token_id, t.logprob) for t in item.top))
+        for item in logprobs
+    )
+
+
+def _usage(usage: generation_pb.Usage) -> Usage:
+    reason = usage.rebuild_reason
+    return Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+        evicted_entries=usage.evicted_entries,
+        queue_time=_seconds(usage.queue_time),
+        prefill_time=_seconds(usage.prefill_time),
+        decode_time=_seconds(usage.decode_time),
+        seed=usage.seed,
+        rebuild_reason=_REBUILD_REASONS.get(reason, RebuildReason.UNKNOWN) if reason else None,
+    )
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
+
+
+def _time(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(tzinfo=UTC)
