@@ -1,0 +1,69 @@
+# Everything that a person or a pipeline does with this repository. `make help` lists it.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+MODEL ?= smollm2-135m
+IMAGE ?= apiary:latest
+VARIANT ?= cpu
+
+venv := .venv
+bin := $(venv)/bin
+stamp := $(venv)/.complete
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(stamp) ## Create .venv with everything in it; .venv/bin/apiary works afterwards
+
+$(stamp): pyproject.toml scripts/setup.sh
+	@scripts/setup.sh
+	@touch $@
+
+.PHONY: model
+model: $(stamp) ## Fetch and convert the model MODEL (default smollm2-135m), once
+	@[ -d "$(MODEL)" ] || $(bin)/apiary models pull $(MODEL) >&2 </dev/null
+
+.PHONY: chat
+chat: model ## Start a worker and chat with it here; lines piped to stdin are turns; flags in ARGS
+	@$(bin)/python scripts/chat.py $(MODEL) $(ARGS)
+
+.PHONY: serve
+serve: model ## Start a worker on 127.0.0.1:50051; flags in ARGS
+	@exec $(bin)/apiary serve --model $(MODEL) $(ARGS)
+
+.PHONY: test
+test: lint model ## Lint, type-check, and run all tests; pytest's arguments in ARGS
+	@$(bin)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(stamp) proto-check ## Check style, formatting, types and the protobuf files
+	@$(bin)/ruff check .
+	@$(bin)/ruff format --check .
+	@$(bin)/mypy
+	@cd proto && ../$(bin)/buf lint
+
+.PHONY: format
+format: $(stamp) ## Format the code and fix what can be fixed by itself
+	@$(bin)/ruff check --fix .
+	@$(bin)/ruff format .
+
+.PHONY: proto
+proto: $(stamp) ## Regenerate the Python beside proto/**/*.proto
+	@scripts/protos.sh
+
+.PHONY: proto-check
+proto-check: $(stamp) ## Check that the generated Python is fresh
+	@scripts/protos.sh --check
+
+.PHONY: image
+image: ## Build the container image IMAGE (VARIANT=cpu|cuda, MODEL=name|none)
+	docker build --build-arg VARIANT=$(VARIANT) --build-arg MODEL=$(MODEL) --tag $(IMAGE) .
+
+.PHONY: clean
+clean: ## Remove .venv, caches and build products (not the fetched models)
+	rm -rf $(venv) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find buzz client examples proto scripts server tests -name __pycache__ -prune -exec rm -rf {} +
