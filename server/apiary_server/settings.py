@@ -63,7 +63,9 @@ class Settings(BaseSettings):
     default_max_tokens: int = Field(512, ge=1)
     max_tokens: int = Field(32_768, ge=1)
     stall_limit: float = Field(30.0, gt=0, description="a reader that takes nothing for this long is dropped")
-    stream_tokens: int = Field(1024, ge=1, description="tokens that wait for a slow reader; then its turn pauses")
+    stream_tokens: int = Field(
+        1024, ge=1, description="tokens that wait for a slow reader; then its turn pauses"
+    )
     step_limit: float = Field(120.0, gt=0, description="a step that hangs this long ends the process")
     session_ttl: float = Field(86_400.0, gt=0, description="sessions end this long after their last turn")
     drain_grace: float = Field(20.0, ge=0, description="time for running turns after SIGTERM")
@@ -93,7 +95,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _together(self) -> Settings:
-        for name, off in (("state_dir", None), ("snapshot_key_file", None), ("durability", "off"), ("weights", "fp32")):
+        for name, off in (
+            ("state_dir", None),
+            ("snapshot_key_file", None),
+            ("durability", "off"),
+            ("weights", "fp32"),
+        ):
             if getattr(self, name) != off:
                 raise ValueError(f"{name} is not implemented yet: leave it at {off or 'unset'}")
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
@@ -128,6 +135,8 @@ class Settings(BaseSettings):
                 **_: PydanticBaseSettingsSource,
             ) -> tuple[PydanticBaseSettingsSource, ...]:
                 sources = (init_settings, env_settings)
-                return sources if config is None else (*sources, TomlConfigSettingsSource(settings_cls, config))
+                return (
+                    sources if config is None else (*sources, TomlConfigSettingsSource(settings_cls, config))
+                )
 
         return Loaded(**{name: value for name, value in flags.items() if value is not None})

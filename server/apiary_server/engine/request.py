@@ -57,6 +57,12 @@ class Sampling(_Record):
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
     seed: int | None = Field(None, ge=0, lt=2**64)
 
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        neutral = self.repetition_penalty == 1 and not self.presence_penalty and not self.frequency_penalty
+        return not neutral
+
 
 class Stopping(_Record):
     """When the answer ends."""

@@ -1,0 +1,1 @@
+"""The Apiary worker: sessions with bounded caches, batched continuously, behind gRPC."""

@@ -1,0 +1,1 @@
+"""The loop: what runs next, running it, and handing out what came of it."""

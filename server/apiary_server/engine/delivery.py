@@ -1,0 +1,124 @@
+"""From the engine thread to asyncio: one hand-off a step, and a bounded buffer for each stream.
+
+HTTP/2 flow control bounds the bytes in flight, not the tokens that wait for a slow reader. So each stream has
+one buffer in which unread deltas merge, and the engine pauses a turn whose buffer is full
+(`TokenStream.full`) and ends it when its reader takes nothing for the stall limit (`TokenStream.stalled`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from typing import Self
+
+from apiary_server.engine.result import Delta
+from apiary_server.errors import ApiaryError
+
+
+class TokenStream:
+    """One turn's answer on its way to its reader: an async iterator of deltas, of which the last has a
+    `finish_reason`; or raises the error that ended the turn.
+
+    Args:
+        loop: the event loop of the reader.
+        capacity: how many tokens may wait.
+        stall_limit: seconds that a reader may leave tokens waiting.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, capacity: int, stall_limit: float) -> None:
+        self.loop = loop
+        self.closed = False
+        self._capacity = capacity
+        self._stall_limit = stall_limit
+        self._ready = asyncio.Event()
+        self._delta: Delta | None = None
+        self._error: ApiaryError | None = None
+        self._ended = False
+        # written by one side each, read by the other
+        self._sent = 0
+        self._taken = 0
+        self._taken_at = time.monotonic()
+
+    # the engine's side
+
+    @property
+    def full(self) -> bool:
+        """Whether the turn should pause."""
+        return self._sent - self._taken >= self._capacity
+
+    def stalled(self, now: float) -> bool:
+        """Whether the reader has left tokens waiting for longer than the stall limit."""
+        return self._sent > self._taken and now - self._taken_at > self._stall_limit
+
+    def count(self, tokens: int) -> None:
+        """Note tokens that are on their way."""
+        if self._sent == self._taken:
+            self._taken_at = time.monotonic()
+        self._sent += tokens
+
+    # the reader's side
+
+    def close(self) -> None:
+        """The reader is gone: the engine rolls the turn back within one step. From any thread, any often."""
+        self.closed = True
+
+    def put(self, delta: Delta | ApiaryError) -> None:
+        """Add what came of a step (on the event loop)."""
+        if isinstance(delta, ApiaryError):
+            self._error = delta
+        elif self._delta is None:
+            self._delta = delta
+        else:
+            self._delta.merge(delta)
+        self._ready.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._ended:
+            raise StopAsyncIteration
+        await self._ready.wait()
+        self._ready.clear()
+        if self._error is not None:
+            self._ended = True
+            raise self._error
+        delta, self._delta = self._delta, None
+        if delta is None:
+            raise RuntimeError("a stream was woken with nothing to read")
+        self._taken += len(delta.token_ids)
+        self._taken_at = time.monotonic()
+        self._ended = delta.finish_reason is not None
+        return delta
+
+
+class Delivery:
+    """Gathers a step's deltas and hands them over at once. Used by the engine thread alone."""
+
+    def __init__(self) -> None:
+        self._step: list[tuple[TokenStream, Delta | ApiaryError]] = []
+
+    def send(self, stream: TokenStream, delta: Delta | ApiaryError) -> None:
+        """Add to the step's hand-off."""
+        if isinstance(delta, Delta):
+            stream.count(len(delta.token_ids))
+        self._step.append((stream, delta))
+
+    def flush(self) -> None:
+        """Hand the step over: one call into each event loop that reads (there is one, outside of tests)."""
+        by_loop = defaultdict(list)
+        for stream, delta in self._step:
+            by_loop[stream.loop].append((stream, delta))
+        self._step = []
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, batch)
+            except RuntimeError:  # the loop is closed: its readers are gone
+                for stream, _ in batch:
+                    stream.close()
+
+
+def _put_all(batch: list[tuple[TokenStream, Delta | ApiaryError]]) -> None:
+    for stream, delta in batch:
+        stream.put(delta)

@@ -1,0 +1,119 @@
+"""The door: turns a request into a turn of its session, or refuses it with the numbers in the error."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+from apiary_server.engine.delivery import TokenStream
+from apiary_server.engine.request import Messages, Text, TokenIds, TurnRequest
+from apiary_server.engine.result import ModelInfo
+from apiary_server.engine.turn import Turn
+from apiary_server.errors import ContextFull, InvalidField
+from apiary_server.model.detokenizer import Detokenizer
+from apiary_server.model.tokenizer import Tokenizer
+from apiary_server.sessions.manager import SessionManager
+from apiary_server.sessions.residency import Residency
+from apiary_server.sessions.session import Session
+from apiary_server.sessions.transaction import Transaction
+from buzz import Rotary
+
+
+class Door:
+    """Checks what depends on the model and the session; fixed limits are checked by `TurnRequest` itself.
+    Thread-safe."""
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        tokenizer: Tokenizer,
+        sessions: SessionManager,
+        residency: Residency,
+        rotary: Rotary,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._model = model
+        self._sessions = sessions
+        self._residency = residency
+        self._rotary = rotary
+
+    def admit(self, request: TurnRequest, stream: TokenStream) -> Turn:
+        """Mark the session's turn as in flight and build it.
+
+        Raises:
+            InvalidField: the input, a limit or a token id does not fit the model, the worker or the session.
+            SessionNotFound: unknown, expired or another tenant's.
+            SessionBusy: another turn is in flight.
+            ContextFull: the input exceeds what the session's cache may hold.
+        """
+        self._check(request)
+        if request.session is None:
+            session = self._sessions.one_shot(request.tenant, request.policy)
+        else:
+            session = self._sessions.begin_turn(request.tenant, request.session)
+        try:
+            return self._turn(request, stream, session)
+        except BaseException:
+            self._sessions.end_turn(session)
+            raise
+
+    def _turn(self, request: TurnRequest, stream: TokenStream, session: Session) -> Turn:
+        carried = session.pending
+        cached = len(session.transcript) - len(carried)
+        input = self._input(request, session)
+        most = self._model.max_prompt_tokens
+        if not 1 <= len(input) <= most:
+            why = f"the input has {len(input)} tokens; a turn takes 1 to {most}"
+            raise InvalidField([(_field(request), why)])
+        tokens = [*carried, *input]
+        entries = session.cache.n if session.cache is not None else 0
+        bound = session.policy.bound
+        evicts = session.policy.due(bound + 1, 0)
+        if not evicts and entries + len(tokens) > bound:
+            raise ContextFull(
+                f"{len(tokens)} more tokens do not fit: the session's cache keeps {entries} and its policy "
+                f"{session.policy} holds at most {bound}; send less, or use a policy that evicts, like buzz",
+                cached=entries,
+                prompt=len(tokens),
+                bound=bound,
+            )
+        stopping, seed = request.stopping, request.sampling.seed
+        eos = () if stopping.ignore_eos else self._model.eos_token_ids
+        return Turn(
+            request=request,
+            session=session,
+            transaction=Transaction(session, self._residency, self._rotary),
+            stream=stream,
+            detokenizer=Detokenizer(self.tokenizer.backend, stopping.stop),
+            tokens=tokens,
+            carried=len(carried),
+            prompt_end=len(tokens),
+            max_tokens=stopping.max_tokens or self._model.default_max_tokens,
+            stop_tokens=frozenset((*eos, *stopping.stop_token_ids)),
+            seed=secrets.randbits(64) if seed is None else seed,
+            cached_tokens=cached,
+        )
+
+    def _check(self, request: TurnRequest) -> None:
+        most, asked = self._model.max_tokens, request.stopping.max_tokens
+        if asked is not None and asked > most:
+            raise InvalidField([("stopping.max_tokens", f"{asked} is more than this worker's {most}")])
+        self.tokenizer.check(request.stopping.stop_token_ids, "stopping.stop_token_ids")
+        self.tokenizer.check(list(request.sampling.logit_bias), "sampling.logit_bias")
+
+    def _input(self, request: TurnRequest, session: Session) -> Sequence[int]:
+        input, first = request.input, not session.turns
+        if isinstance(input, TokenIds):
+            self.tokenizer.check(input.ids, "token_ids.ids")
+            return input.ids
+        if isinstance(input, Text):
+            return self.tokenizer.encode(input, first=first)
+        if not first and input.messages[0].role == "system":
+            why = "a system message can only open a session, and this one has begun"
+            raise InvalidField([("messages.messages[0].role", why)])
+        open_reply = not first and session.turns[-1].chat
+        return self.tokenizer.encode(input, first=first, open_reply=open_reply)
+
+
+def _field(request: TurnRequest) -> str:
+    return {Messages: "messages", Text: "text", TokenIds: "token_ids"}[type(request.input)]

@@ -1,0 +1,31 @@
+"""A step as plain data: what the scheduler decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from apiary_server.engine.turn import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """One turn's share of a step: the tokens `[turn.computed, turn.computed + count)`."""
+
+    turn: Turn
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step yields the turn's next token: it computes the last that is known."""
+        return not self.turn.replaying and self.turn.computed + self.count == len(self.turn.tokens)
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One forward pass over a ragged batch: decode tokens first, then prefill chunks."""
+
+    chunks: list[ScheduledChunk] = field(default_factory=list)
+    prefill_tokens: int = 0
+    decode_tokens: int = 0

@@ -1,0 +1,143 @@
+"""A turn in flight: its tokens, how far they are computed, and what ends it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from apiary_server.engine.delivery import TokenStream
+from apiary_server.engine.request import TurnRequest
+from apiary_server.engine.result import FinishReason, TokenLogprob, TurnStats, Usage
+from apiary_server.errors import ApiaryError
+from apiary_server.model.detokenizer import Detokenizer
+from apiary_server.model.sampler import Choice
+from apiary_server.sessions.session import Session
+from apiary_server.sessions.transaction import Transaction
+
+
+@dataclass(eq=False, slots=True)
+class Turn:
+    """One turn from submission to its end. The engine thread owns it.
+
+    `tokens` are the session's uncached tokens, the input, and what was generated; the first `computed` of
+    them are in the cache. Prefill and decode differ in nothing else: what is left to compute is
+    `len(tokens) - computed`.
+    """
+
+    request: TurnRequest
+    session: Session
+    transaction: Transaction
+    stream: TokenStream
+    detokenizer: Detokenizer
+    tokens: list[int]
+    carried: int  # of `tokens`, those that earlier turns committed but never fed to the model
+    prompt_end: int
+    max_tokens: int
+    stop_tokens: frozenset[int]
+    seed: int
+    cached_tokens: int
+    arrived: float = field(default_factory=time.monotonic)
+
+    computed: int = 0
+    segment_end: int = 0
+    delivered: int = 0  # generated tokens sent to the reader
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of generated tokens that are held back
+    evicted: int = 0
+    replaying: bool = False  # feeding back what was delivered, after a stop string
+    finish_reason: FinishReason | None = None
+    failure: ApiaryError | None = None
+    started: float | None = None
+    first_token: float | None = None
+
+    @property
+    def tenant(self) -> str:
+        """Whose turn it is."""
+        return self.request.tenant
+
+    @property
+    def priority(self) -> int:
+        """Higher goes first among the turns of one tenant."""
+        return self.request.priority
+
+    @property
+    def generated(self) -> int:
+        """How many tokens were generated."""
+        return len(self.tokens) - self.prompt_end
+
+    @property
+    def remaining(self) -> int:
+        """How many known tokens are not computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its next chunk is a token that it generated."""
+        return self.computed >= self.prompt_end and not self.replaying
+
+    @property
+    def paused(self) -> bool:
+        """Whether it waits for its reader."""
+        return self.stream.full
+
+    def open(self) -> bool:
+        """Lease what the turn needs to start; False if there is no room now."""
+        if not self.transaction.open():
+            return False
+        self.started = time.monotonic()
+        return True
+
+    def begin_segment(self) -> bool:
+        """Make room for the next tokens; False if the turn has to wait for memory."""
+        if self.computed < self.segment_end:
+            return True
+        in_prompt = self.computed < self.prompt_end
+        end = self.prompt_end if in_prompt else len(self.tokens)
+        self.segment_end += self.transaction.begin_segment(end - self.computed, prompt=in_prompt)
+        return self.computed < self.segment_end
+
+    def choice(self) -> Choice:
+        """How the next token is to be sampled."""
+        sampling = self.request.sampling
+        choice = Choice(sampling, self.seed, self.generated, self.request.logprobs)
+        if sampling.penalises:
+            choice.prompt, choice.output = self.tokens[: self.prompt_end], self.tokens[self.prompt_end :]
+        return choice
+
+    def start_replay(self, keep: int) -> None:
+        """Compute the turn again from its beginning, with only the first `keep` generated tokens."""
+        self.transaction.restart()
+        del self.tokens[self.prompt_end + keep :]
+        self.computed = self.segment_end = self.evicted = 0
+        self.replaying = True
+
+    def usage(self, now: float) -> Usage:
+        """What the turn cost."""
+        started = self.started or now
+        first = self.first_token or now
+        return Usage(
+            prompt_tokens=self.prompt_end - self.carried,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.delivered,
+            evicted_entries=self.evicted,
+            queue_time=started - self.arrived,
+            prefill_time=first - started,
+            decode_time=now - first,
+            seed=self.seed,
+        )
+
+    def stats(self, now: float, outcome: str) -> TurnStats:
+        """The ended turn as plain numbers."""
+        return TurnStats(
+            tenant=self.tenant,
+            session=self.session.id or None,
+            outcome=outcome,
+            arrived=self.arrived,
+            started=self.started,
+            first_token=self.first_token,
+            ended=now,
+            prompt_tokens=self.prompt_end - self.carried,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.delivered,
+            evicted_entries=self.evicted,
+            trace=self.request.trace,
+        )

@@ -1,0 +1,1 @@
+"""The model: loading, the packed forward pass, tokens to text and back."""

@@ -1,0 +1,114 @@
+"""The attention function behind transformers' `AttentionInterface`: writes each token's key and value into
+its session's cache and attends there. It serves every decoder that uses the interface, without patching
+it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from buzz import Buffers, attend_chunk, attend_decode
+
+NAME = "apiary"
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRun:
+    """One new token for each of B neighbouring slots of a class.
+
+    `cache` tensors are strided views with leading dimension B; `entries` int64 `[B]` counts what each slot
+    holds before this step; `most` is the largest count after it.
+    """
+
+    rows: slice
+    cache: Buffers
+    entries: Tensor
+    most: int
+    log_n: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRun:
+    """Several new tokens of one session, whose cache holds `entries` before this step."""
+
+    rows: slice
+    cache: Buffers
+    entries: int
+    log_n: int | None
+
+
+@dataclass(slots=True)
+class Batch:
+    """Where the rows of a packed forward pass belong."""
+
+    decodes: list[DecodeRun] = field(default_factory=list)
+    chunks: list[ChunkRun] = field(default_factory=list)
+
+
+def cached_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    *,
+    apiary_batch: Batch,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend over the sessions' caches.
+
+    Args:
+        module: the attention layer; its `layer_idx` says which layer of the caches.
+        query: `[1, query_heads, rows, head_dim]`, rotated.
+        key: `[1, kv_heads, rows, head_dim]`, rotated.
+        value: `[1, kv_heads, rows, head_dim]`.
+        attention_mask: none; which rows see what is in `apiary_batch`.
+        scaling: of the logits; default `head_dim ** -0.5`.
+        apiary_batch: where the rows belong.
+
+    Returns:
+        `[1, rows, query_heads, head_dim]` and no weights.
+    """
+    layer = module.layer_idx
+    if not isinstance(layer, int):
+        raise TypeError("attention layers must be numbered")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    queries, keys, values = query[0], key[0], value[0]
+    output = torch.empty_like(queries.transpose(0, 1))
+    for run in apiary_batch.decodes:
+        rows = run.rows
+        batch = torch.arange(rows.stop - rows.start, device=queries.device)
+        cache_keys, cache_values = run.cache.keys[:, layer], run.cache.values[:, layer]
+        cache_keys[batch, :, run.entries] = keys[:, rows].transpose(0, 1).to(cache_keys.dtype)
+        cache_values[batch, :, run.entries] = values[:, rows].transpose(0, 1).to(cache_values.dtype)
+        output[rows] = attend_decode(
+            queries[:, rows].transpose(0, 1),
+            cache_keys[:, :, : run.most],
+            cache_values[:, :, : run.most],
+            run.entries + 1,
+            scale,
+            None if run.cache.score is None else run.cache.score[:, layer, :, : run.most],
+            run.log_n,
+        )
+    for chunk in apiary_batch.chunks:
+        rows, end = chunk.rows, chunk.entries + chunk.rows.stop - chunk.rows.start
+        cache_keys, cache_values = chunk.cache.keys[layer], chunk.cache.values[layer]
+        cache_keys[:, chunk.entries : end] = keys[:, rows]
+        cache_values[:, chunk.entries : end] = values[:, rows]
+        output[rows] = attend_chunk(
+            queries[:, rows],
+            cache_keys[:, :end],
+            cache_values[:, :end],
+            scale,
+            None if chunk.cache.score is None else chunk.cache.score[layer, :, :end],
+            chunk.log_n,
+        ).transpose(0, 1)
+    return output[None], None
+
+
+AttentionInterface.register(NAME, cached_attention)

@@ -1,0 +1,138 @@
+"""The next token of every row of a batch, vectorised over rows.
+
+Randomness is counter-based (Philox, Salmon et al., SC 2011): the number that chooses a token is a function of
+(seed, token index) alone, so it never depends on the batch. Every other operation works within a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apiary_server.engine.request import Sampling
+from apiary_server.engine.result import TokenLogprob
+
+
+@dataclass(slots=True)
+class Choice:
+    """What one row asks for. `index` counts the tokens generated so far; `prompt` and `output` are the turn's
+    token ids, which only penalties read."""
+
+    sampling: Sampling
+    seed: int
+    index: int
+    logprobs: int | None = None
+    prompt: Sequence[int] = ()
+    output: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One row's token; None where the logits were not finite, which is the model's failure."""
+
+    token: int | None
+    logprob: TokenLogprob | None = None
+
+
+def uniform(seed: int, index: int) -> float:
+    """The number in [0, 1) of this seed and token index, with 53 random bits."""
+    raw = np.random.Philox(key=seed, counter=index).random_raw()
+    return (int(raw) >> 11) * 2.0**-53
+
+
+def sample(logits: Tensor, choices: Sequence[Choice]) -> list[Sampled]:
+    """Choose one token per row.
+
+    Args:
+        logits: `[rows, vocab]`, any float dtype; not changed.
+        choices: one per row.
+    """
+    logits = logits.float()
+    sound = torch.isfinite(logits.amax(dim=-1)).tolist()  # a NaN or +inf anywhere shows in the maximum
+    raw = logits
+    logits = _penalise(logits, choices)
+    tokens = logits.argmax(dim=-1)
+    random = [row for row, choice in enumerate(choices) if choice.sampling.temperature > 0 and sound[row]]
+    if random:
+        rows = torch.tensor(random, device=logits.device)
+        tokens[rows] = _draw(logits[rows], [choices[row] for row in random])
+    chosen = tokens.tolist()
+    logprobs = _logprobs(raw, chosen, choices)
+    return [
+        Sampled(token, logprobs.get(row)) if sound[row] else Sampled(None) for row, token in enumerate(chosen)
+    ]
+
+
+def _penalise(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """Repetition (Keskar et al. 2019: prompt and answer), presence and frequency penalties (answer),
+    biases."""
+    changed = [
+        row
+        for row, choice in enumerate(choices)
+        if choice.sampling.logit_bias
+        or choice.sampling.repetition_penalty != 1
+        or choice.sampling.presence_penalty
+        or choice.sampling.frequency_penalty
+    ]
+    if not changed:
+        return logits
+    logits = logits.clone()
+    for row in changed:
+        choice, line = choices[row], logits[row]
+        sampling = choice.sampling
+        if sampling.repetition_penalty != 1:
+            seen = torch.tensor(sorted({*choice.prompt, *choice.output}), device=line.device)
+            if len(seen):
+                old = line[seen]
+                penalty = sampling.repetition_penalty
+                line[seen] = torch.where(old > 0, old / penalty, old * penalty)
+        if choice.output and (sampling.presence_penalty or sampling.frequency_penalty):
+            output = torch.tensor(choice.output, device=line.device)
+            used, counts = torch.unique(output, return_counts=True)
+            line[used] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        if sampling.logit_bias:
+            biased = torch.tensor(list(sampling.logit_bias), device=line.device)
+            line[biased] += torch.tensor(list(sampling.logit_bias.values()), device=line.device)
+    return logits
+
+
+def _draw(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """Temperature, then top-k, top-p and min-p, each on what the one before left; then the inverse of the
+    cumulative distribution, likeliest token first. Returns int64 `[rows]`."""
+
+    def column(value: Callable[[Choice], float]) -> Tensor:
+        return torch.tensor([value(c) for c in choices], dtype=torch.float64, device=logits.device)[:, None]
+
+    ordered, order = logits.double().sort(dim=-1, descending=True, stable=True)
+    probabilities = torch.softmax(ordered / column(lambda c: c.sampling.temperature), dim=-1)
+    vocabulary = logits.shape[-1]
+    rank = torch.arange(vocabulary, device=logits.device)
+    keep = rank < column(lambda c: c.sampling.top_k or vocabulary)
+    probabilities = probabilities * keep
+    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    top_p = column(lambda c: c.sampling.top_p)
+    keep = ((before < top_p) | (top_p >= 1)) & (
+        probabilities >= column(lambda c: c.sampling.min_p) * probabilities[:, :1]
+    )
+    cumulative = (probabilities * keep).cumsum(dim=-1)
+    point = column(lambda c: uniform(c.seed, c.index)) * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, point, right=True).clamp(max=vocabulary - 1)
+    return order.gather(-1, place).squeeze(-1)
+
+
+def _logprobs(raw: Tensor, chosen: Sequence[int], choices: Sequence[Choice]) -> dict[int, TokenLogprob]:
+    """Log-probabilities of the model's own distribution, for the rows that ask."""
+    result = {}
+    for row, choice in enumerate(choices):
+        if choice.logprobs is None:
+            continue
+        line = torch.log_softmax(raw[row], dim=-1)
+        values, ids = line.topk(min(choice.logprobs, line.shape[-1]))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        result[row] = TokenLogprob(chosen[row], float(line[chosen[row]]), top)
+    return result

@@ -1,0 +1,86 @@
+"""Text and chat messages to token ids and back. Thread-safe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerBase
+
+from apiary_server.engine.request import Message, Messages, Text
+from apiary_server.errors import InvalidField
+
+_MARK = "\ue000reply\ue000"  # private use: in no template
+_EXCHANGE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARK}]
+
+
+class Tokenizer:
+    """The model's tokenizer and chat template.
+
+    A session's later messages are rendered alone, as what the template puts behind a finished exchange. So a
+    turn costs what it appends, and the transcript holds the very tokens that the model generated, not what a
+    second rendering would make of them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self.backend: Backend = tokenizer.backend_tokenizer
+        self.vocab_size = vocab_size
+        self.chat = tokenizer.chat_template is not None
+        self._closing = self._render(_EXCHANGE, reply=False).partition(_MARK)[2] if self.chat else ""
+
+    def encode(self, input: Text | Messages, *, first: bool = True, open_reply: bool = False) -> list[int]:
+        """Token ids of a turn's input.
+
+        Args:
+            input: text, or messages (the answer's opening is added).
+            first: whether it opens the session.
+            open_reply: whether the turn before was a chat turn, whose reply must be closed first.
+
+        Raises:
+            InvalidField: messages for a model without a chat template, or that its template refuses.
+        """
+        if isinstance(input, Text):
+            return self._ids(input.text, special=first)
+        if not self.chat:
+            raise InvalidField([("messages", "this model has no chat template; send text or token_ids")])
+        return self._ids(self._rendered(input.messages, first=first, open_reply=open_reply), special=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens.
+
+        Raises:
+            InvalidField: an id is not in the vocabulary.
+        """
+        self.check(ids, "token_ids")
+        text: str = self.backend.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def check(self, ids: Sequence[int], field: str) -> None:
+        """Refuse ids that are not in the vocabulary.
+
+        Raises:
+            InvalidField: with the place of the first such id.
+        """
+        for place, id in enumerate(ids):
+            if not 0 <= id < self.vocab_size:
+                why = f"{id} is not in the vocabulary of {self.vocab_size} tokens"
+                raise InvalidField([(f"{field}[{place}]", why)])
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def _rendered(self, messages: Sequence[Message], *, first: bool, open_reply: bool) -> str:
+        new = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            if first:
+                return self._render(new, reply=True)
+            text = self._render([*_EXCHANGE, *new], reply=True).partition(_MARK)[2]
+        except Exception as error:  # a template may raise anything
+            raise InvalidField([("messages", f"the model's chat template refuses them: {error}")]) from error
+        return text if open_reply else text.removeprefix(self._closing)
+
+    def _render(self, messages: list[dict[str, str]], *, reply: bool) -> str:
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+        return str(text)

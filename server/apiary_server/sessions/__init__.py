@@ -1,0 +1,1 @@
+"""Sessions and the memory that they lease."""

@@ -1,0 +1,175 @@
+"""The table of sessions: who owns what, until when, and whose turn is in flight. Thread-safe, no tensors."""
+
+from __future__ import annotations
+
+import heapq
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from apiary_server.errors import BudgetExhausted, SessionBusy, SessionExists, SessionNotFound
+from apiary_server.sessions.info import SessionInfo
+from apiary_server.sessions.pool import SlotLayout
+from apiary_server.sessions.session import Session, TurnRecord
+from buzz import Policy
+
+
+def resource_name(id: str) -> str:
+    """`sessions/{id}`."""
+    return f"sessions/{id}"
+
+
+class SessionManager:
+    """All sessions of this worker.
+
+    Args:
+        layout: turns a policy's spec (None: the default) into the policy and the layout of its slots;
+            raises InvalidField for specs that this worker cannot serve.
+        default_ttl: seconds that a session without expiration lives after its last turn.
+        limit: the most sessions at once.
+    """
+
+    def __init__(
+        self, layout: Callable[[str | None], tuple[Policy, SlotLayout]], default_ttl: float, limit: int
+    ) -> None:
+        self._layout = layout
+        self._default_ttl = default_ttl
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._sessions: dict[tuple[str, str], Session] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def create(
+        self,
+        tenant: str,
+        id: str | None,
+        policy: str | None,
+        expire_time: float | None,
+        ttl: float | None,
+        labels: Mapping[str, str],
+    ) -> SessionInfo:
+        """Add an empty session. It leases no memory before its first turn.
+
+        Raises:
+            InvalidField: the policy is malformed, or larger than this worker can hold.
+            SessionExists: the tenant has a session of that id.
+            BudgetExhausted: the table is full.
+        """
+        chosen, layout = self._layout(policy)
+        now = time.time()
+        if expire_time is None and ttl is None:
+            ttl = self._default_ttl
+        if ttl is not None:
+            expire_time = now + ttl
+        with self._lock:
+            id = id or secrets.token_hex(8)
+            known = self._sessions.get((tenant, id))
+            if known is not None and not (known.expired(now) and not known.busy):
+                raise SessionExists(resource_name(id))
+            if known is not None:
+                raise SessionBusy(f"{resource_name(id)} has expired and is being removed; try again")
+            if len(self._sessions) >= self._limit:
+                raise BudgetExhausted(f"all {self._limit} places for sessions are taken", retry_after=5.0)
+            session = Session(
+                id=id,
+                tenant=tenant,
+                policy=chosen,
+                layout=layout,
+                ttl=ttl,
+                expire_time=expire_time or 0.0,
+                labels=dict(labels),
+                create_time=now,
+                update_time=now,
+            )
+            self._sessions[tenant, id] = session
+            return session.info()
+
+    def get(self, tenant: str, id: str) -> SessionInfo:
+        """One session as it is now.
+
+        Raises:
+            SessionNotFound: unknown, expired or another tenant's.
+        """
+        with self._lock:
+            return self._find(tenant, id).info()
+
+    def list(self, tenant: str, page_size: int, after: str) -> tuple[Sequence[SessionInfo], str]:
+        """The tenant's sessions with ids after `after`, in order; and the last id if more follow, else ""."""
+        now = time.time()
+        with self._lock:
+            ids = (
+                id
+                for (owner, id), session in self._sessions.items()
+                if owner == tenant and id > after and (session.busy or not session.expired(now))
+            )
+            page = heapq.nsmallest(page_size + 1, ids)
+            infos = [self._sessions[tenant, id].info() for id in page[:page_size]]
+        return infos, page[page_size - 1] if len(page) > page_size else ""
+
+    def one_shot(self, tenant: str, policy: str | None) -> Session:
+        """A session without a name for a single request; it is in no table and vanishes with its turn.
+
+        Raises:
+            InvalidField: as in `create`.
+        """
+        chosen, layout = self._layout(policy)
+        return Session(id="", tenant=tenant, policy=chosen, layout=layout, busy=True)
+
+    def begin_turn(self, tenant: str, id: str) -> Session:
+        """Mark the session's turn as in flight.
+
+        Raises:
+            SessionNotFound: unknown, expired or another tenant's.
+            SessionBusy: another turn is in flight.
+        """
+        with self._lock:
+            session = self._find(tenant, id)
+            if session.busy:
+                raise SessionBusy(f"{resource_name(id)} has a turn in flight; wait for it or cancel it")
+            session.busy = True
+            return session
+
+    def end_turn(
+        self, session: Session, tokens: Sequence[int] = (), record: TurnRecord | None = None
+    ) -> None:
+        """The turn is over: `record` and the tokens that it appended if it committed, None if it did not."""
+        with self._lock:
+            session.busy = False
+            if record is None:
+                return
+            session.transcript.extend(tokens)
+            session.turns.append(record)
+            session.update_time = time.time()
+            if session.ttl is not None:
+                session.expire_time = session.update_time + session.ttl
+
+    def remove(self, tenant: str, id: str) -> Session:
+        """Take a session out of the table; its memory is the caller's to free.
+
+        Raises:
+            SessionNotFound: unknown, expired or another tenant's.
+        """
+        with self._lock:
+            session = self._find(tenant, id)
+            session.deleted = True
+            return self._sessions.pop((tenant, id))
+
+    def remove_expired(self) -> Sequence[Session]:
+        """Take all idle expired sessions out of the table; their memory is the caller's to free."""
+        now = time.time()
+        with self._lock:
+            over = [
+                key for key, session in self._sessions.items() if session.expired(now) and not session.busy
+            ]
+            for key in over:
+                self._sessions[key].deleted = True
+            return [self._sessions.pop(key) for key in over]
+
+    def _find(self, tenant: str, id: str) -> Session:
+        session = self._sessions.get((tenant, id))
+        if session is None or (session.expired(time.time()) and not session.busy):
+            raise SessionNotFound(resource_name(id))
+        return session

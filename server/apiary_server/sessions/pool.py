@@ -1,0 +1,268 @@
+"""One arena of cache memory under one exact budget, leased slot by slot.
+
+A *slot* holds one session's entries of all layers in consecutive bytes, so parking it is one copy. Slots of
+one size form a *class*. All classes share the arena without borders: a class sees the whole arena as a grid
+of its own slot size, `[slots, layers, kv_heads, capacity, head_dim]`, and slot `i` of a class may be leased
+while its bytes `[i * size, (i + 1) * size)` overlap no other lease. The default class fills the arena from
+the front, so that its active sessions are neighbours and a decode batch is a strided view; the others from
+the back. *Workspaces* are large slots for prompts, in memory of their own that is counted once and always.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from buzz import Buffers
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The shape of one cache entry of the served model."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLayout:
+    """Where a slot's tensors lie in its bytes. Equal layouts are one capacity class.
+
+    `scored` slots carry the score of each entry, and the scores as they were before the running turn.
+    """
+
+    geometry: Geometry
+    capacity: int
+    scored: bool
+
+    def _tensors(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        shape = (self.geometry.layers, self.geometry.kv_heads, self.capacity)
+        entries = (*shape, self.geometry.head_dim)
+        tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]
+        tensors = [("keys", self.geometry.dtype, entries), ("values", self.geometry.dtype, entries)]
+        tensors += [("position", torch.int32, shape)]
+        if self.scored:
+            tensors += [("score", torch.float32, shape), ("saved_score", torch.float32, shape)]
+        return tensors
+
+    @property
+    def bytes(self) -> int:
+        """The exact size of one slot."""
+        return sum(_aligned(dtype.itemsize * math.prod(shape)) for _, dtype, shape in self._tensors())
+
+    def views(self, memory: Tensor) -> dict[str, Tensor]:
+        """The tensors of `memory` uint8 `[slots, bytes]`, each with a leading dimension of slots."""
+        views, start = {}, 0
+        for name, dtype, shape in self._tensors():
+            size = dtype.itemsize * math.prod(shape)
+            views[name] = memory[:, start : start + size].view(dtype).view(-1, *shape)
+            start += _aligned(size)
+        return views
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class SlotClass:
+    """All slots of one layout, as batched tensors: keys and values `[slots, layers, kv_heads, capacity,
+    head_dim]`, position, score and saved_score `[slots, layers, kv_heads, capacity]`."""
+
+    def __init__(self, layout: SlotLayout, memory: Tensor) -> None:
+        self.layout = layout
+        self.count = memory.numel() // layout.bytes
+        self.memory = memory[: self.count * layout.bytes].view(self.count, layout.bytes)
+        views = layout.views(self.memory)
+        self.keys, self.values, self.position = views["keys"], views["values"], views["position"]
+        self.score, self.saved_score = views.get("score"), views.get("saved_score")
+
+    def buffers(self, index: int, *, scored: bool) -> Buffers:
+        """The tensors of one slot."""
+        score = self.score[index] if scored and self.score is not None else None
+        return Buffers(self.keys[index], self.values[index], self.position[index], score)
+
+
+class Lease:
+    """The right to one slot, until `release` (which may be called twice)."""
+
+    def __init__(self, slots: SlotClass, index: int, free: Callable[[Lease], None]) -> None:
+        self.slots = slots
+        self.index = index
+        self._free: Callable[[Lease], None] | None = free
+
+    @property
+    def bytes(self) -> int:
+        """What the lease counts for in the budget."""
+        return self.slots.layout.bytes
+
+    @property
+    def memory(self) -> Tensor:
+        """The slot's bytes, uint8 `[bytes]`."""
+        return self.slots.memory[self.index]
+
+    def buffers(self, *, scored: bool) -> Buffers:
+        """The slot's tensors."""
+        return self.slots.buffers(self.index, scored=scored)
+
+    def release(self) -> None:
+        """Give the slot back."""
+        free, self._free = self._free, None
+        if free is not None:
+            free(self)
+
+
+class Pool:
+    """The budget: workspaces, and an arena of slots. Not thread-safe: the engine thread owns it.
+
+    Args:
+        geometry: the shape of an entry.
+        budget: bytes for everything; what the workspaces leave is the arena.
+        default: the layout of the default policy's slots.
+        workspaces: how many workspaces there are.
+        workspace_entries: the capacity of each.
+        device: where the memory lies.
+
+    Raises:
+        ValueError: the budget does not hold the workspaces and two default slots (one for a session, one for
+            the state before its running turn).
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        budget: int,
+        default: SlotLayout,
+        workspaces: int,
+        workspace_entries: int,
+        device: torch.device,
+    ) -> None:
+        workspace = SlotLayout(geometry, workspace_entries, scored=True)
+        least = workspaces * workspace.bytes + 2 * default.bytes
+        if budget < least:
+            raise ValueError(
+                f"a cache budget of {budget:,} bytes is too small: {workspaces} workspace(s) of "
+                f"{workspace.bytes:,} bytes and two slots of {default.bytes:,} need {least:,}"
+            )
+        self.budget = budget
+        self.default = default
+        self.workspace_bytes = workspace.bytes
+        self.workspace_entries = workspace_entries
+        self.workspaces = workspaces
+        self.arena_bytes = budget - workspaces * workspace.bytes
+        self._arena = torch.zeros(self.arena_bytes, dtype=torch.uint8, device=device)
+        self._workspaces = SlotClass(
+            workspace, torch.zeros(workspaces * workspace.bytes, dtype=torch.uint8, device=device)
+        )
+        self._free_workspaces = list(range(workspaces))
+        self._classes: dict[SlotLayout, SlotClass] = {}
+        self._taken: list[tuple[int, int]] = []  # byte intervals of the leases, in order
+        self._leased_bytes = 0
+        self._peak_bytes = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """Workspaces and leased slots."""
+        return self.workspaces * self.workspace_bytes + self._leased_bytes
+
+    @property
+    def leased_bytes(self) -> int:
+        """Leased slots alone: zero when there is no session with a cache and no turn."""
+        return self._leased_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that `used_bytes` ever was."""
+        return max(self._peak_bytes, self.used_bytes)
+
+    def slots(self, layout: SlotLayout) -> SlotClass:
+        """The class of a layout."""
+        if layout not in self._classes:
+            self._classes[layout] = SlotClass(layout, self._arena)
+        return self._classes[layout]
+
+    def places(self, layout: SlotLayout) -> int:
+        """How many slots of this layout the empty arena holds."""
+        return self.arena_bytes // layout.bytes
+
+    def free_places(self, layout: SlotLayout, most: int) -> int:
+        """How many slots of this layout could be leased now, counted up to `most`."""
+        count = 0
+        index = self._next_free(layout, 0)
+        while index is not None and count < most:
+            count += 1
+            index = self._next_free(layout, index + 1)
+        return count
+
+    def lease(self, layout: SlotLayout) -> Lease | None:
+        """A slot of this layout, or None if none is free."""
+        index = self._next_free(layout, 0) if layout == self.default else self._last_free(layout)
+        if index is None:
+            return None
+        bisect.insort(self._taken, (index * layout.bytes, (index + 1) * layout.bytes))
+        self._leased_bytes += layout.bytes
+        self._peak_bytes = self.peak_bytes
+        return Lease(self.slots(layout), index, self._release)
+
+    def lease_workspace(self) -> Lease | None:
+        """A workspace, or None if all are taken."""
+        if not self._free_workspaces:
+            return None
+        index = self._free_workspaces.pop(0)
+        return Lease(self._workspaces, index, lambda lease: self._free_workspaces.append(lease.index))
+
+    def check_integrity(self) -> None:
+        """Prove the books: leases are disjoint, inside the arena, and sum to what is counted.
+
+        Raises:
+            RuntimeError: they do not; memory is corrupt or leaked.
+        """
+        ends = [0, *(end for _, end in self._taken)]
+        starts = [*(start for start, _ in self._taken), self.arena_bytes]
+        if any(end > start for end, start in zip(ends, starts, strict=True)):
+            raise RuntimeError(f"leases overlap or leave the arena: {self._taken}")
+        if sum(end - start for start, end in self._taken) != self._leased_bytes:
+            raise RuntimeError("leased bytes are miscounted")
+        if self.used_bytes > self.budget:
+            raise RuntimeError(f"{self.used_bytes:,} bytes used of a budget of {self.budget:,}")
+
+    def _release(self, lease: Lease) -> None:
+        self._taken.remove((lease.index * lease.bytes, (lease.index + 1) * lease.bytes))
+        self._leased_bytes -= lease.bytes
+
+    def _next_free(self, layout: SlotLayout, index: int) -> int | None:
+        """The first free slot from `index` on."""
+        size = layout.bytes
+        while (index + 1) * size <= self.arena_bytes:
+            blocker = self._blocker(index * size, (index + 1) * size)
+            if blocker is None:
+                return index
+            index = -(-blocker[1] // size)
+        return None
+
+    def _last_free(self, layout: SlotLayout) -> int | None:
+        """The last free slot."""
+        size = layout.bytes
+        index = self.arena_bytes // size - 1
+        while index >= 0:
+            blocker = self._blocker(index * size, (index + 1) * size)
+            if blocker is None:
+                return index
+            index = blocker[0] // size - 1
+        return None
+
+    def _blocker(self, start: int, end: int) -> tuple[int, int] | None:
+        """A lease that overlaps [start, end)."""
+        after = bisect.bisect_left(self._taken, (start + 1,))
+        for taken in self._taken[max(after - 1, 0) : after + 1]:
+            if taken[0] < end and start < taken[1]:
+                return taken
+        return None

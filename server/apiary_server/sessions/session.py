@@ -1,0 +1,86 @@
+"""A conversation: its transcript, its cache, its settings, its owner."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from apiary_server.sessions.info import SessionInfo, State
+from apiary_server.sessions.pool import Lease, SlotLayout
+from buzz import Cache, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRecord:
+    """One committed turn: how many tokens of the transcript it appended, and how.
+
+    `chat` turns were rendered with the template, so the next messages must first close the reply.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    chat: bool
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """One conversation. The cache fields (`cache`, `lease`, `parked`) belong to the engine thread;
+    the others are guarded by the `SessionManager`'s lock. A one-shot request has a session without `id`."""
+
+    id: str
+    tenant: str
+    policy: Policy
+    layout: SlotLayout
+    ttl: float | None = None
+    expire_time: float = float("inf")
+    labels: Mapping[str, str] = field(default_factory=dict)
+    create_time: float = field(default_factory=time.time)
+    update_time: float = 0.0
+    # committed tokens; the cache has all of them but the last `len(transcript) - cache.seen`, which were
+    # sampled and never fed back
+    transcript: array[int] = field(default_factory=lambda: array("I"))
+    turns: list[TurnRecord] = field(default_factory=list)
+    busy: bool = False
+    deleted: bool = False
+
+    cache: Cache | None = None
+    lease: Lease | None = None
+    parked: Tensor | None = None
+
+    @property
+    def pending(self) -> list[int]:
+        """Committed tokens that the cache does not have yet."""
+        seen = self.cache.seen if self.cache is not None else 0
+        return self.transcript[seen:].tolist()
+
+    def expired(self, now: float) -> bool:
+        """Whether its time is over; a turn in flight may still finish."""
+        return now >= self.expire_time
+
+    def info(self) -> SessionInfo:
+        """What can be said about it from outside."""
+        cache = self.cache
+        if self.busy:
+            state = State.BUSY
+        elif cache is None:
+            state = State.EMPTY
+        else:
+            state = State.RESIDENT if self.lease is not None else State.PARKED
+        return SessionInfo(
+            id=self.id,
+            policy=str(self.policy),
+            create_time=self.create_time,
+            update_time=self.update_time,
+            expire_time=self.expire_time,
+            labels=dict(self.labels),
+            state=state,
+            turn_count=len(self.turns),
+            token_count=len(self.transcript),
+            entries=cache.n if cache is not None else 0,
+            bound=self.policy.bound,
+            bytes=self.layout.bytes if cache is not None else 0,
+        )

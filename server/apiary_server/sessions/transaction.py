@@ -1,0 +1,180 @@
+"""One turn's hold on a session's cache: it commits whole or not at all.
+
+A turn runs in *segments*: its prompt (cut only where the workspace is full), then each generated token. The
+cache is compacted at a segment's end and nowhere else, so what it keeps depends on token counts alone.
+
+Nothing that was committed is overwritten while the turn runs. Appending leaves the old entries in place
+(their scores, which later queries raise, are saved inside the slot). What would overwrite them - a
+compaction, or the change of rotary positions - writes into a second slot instead, and the first stays as the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from apiary_server.sessions.pool import Lease
+from apiary_server.sessions.residency import Residency
+from apiary_server.sessions.session import Session
+from buzz import Cache, Rotary
+
+
+class Transaction:
+    """A running turn's cache. Not thread-safe: the engine thread owns it."""
+
+    def __init__(self, session: Session, residency: Residency, rotary: Rotary) -> None:
+        self._session = session
+        self._residency = residency
+        self._rotary = rotary
+        self._second: Lease | None = None
+        self._workspace: Lease | None = None
+        self._open = False
+
+    @property
+    def cache(self) -> Cache:
+        """The cache as the turn sees it."""
+        if self._session.cache is None:
+            raise RuntimeError("the transaction is not open")
+        return self._session.cache
+
+    @property
+    def place(self) -> Lease:
+        """The slot or workspace in which the cache lies now."""
+        place = self._workspace or (self._second if self._in_second else self._session.lease)
+        if place is None:
+            raise RuntimeError("the transaction is not open")
+        return place
+
+    @property
+    def in_workspace(self) -> bool:
+        """Whether the turn holds a workspace."""
+        return self._workspace is not None
+
+    def open(self) -> bool:
+        """Pin the session's slot and note what to return to; False if there is no memory now."""
+        session = self._session
+        if not self._residency.admit(session):
+            return False
+        self._open = True
+        self._in_second = False
+        self._base = session.cache.state() if session.cache is not None else None
+        if session.cache is None:
+            self._create_cache()
+        else:
+            self._save_scores()
+        return True
+
+    def begin_segment(self, tokens: int, *, prompt: bool) -> int:
+        """Start the next segment of at most `tokens` tokens. Returns how many it has; 0: wait for memory.
+
+        Generated tokens are segments of their own. Several known ones (a replay) are taken at once as far as
+        no compaction would have come between them.
+        """
+        cache = self.cache
+        if not prompt:
+            tokens = self._until_compaction(tokens)
+        slot_room = self._session.layout.capacity - cache.n
+        needs_workspace = tokens > slot_room
+        if needs_workspace:
+            tokens = min(tokens, self._residency.pool.workspace_entries - cache.n)
+        changes_over = cache.changes_over(tokens)
+        overwrites = needs_workspace or changes_over or cache.policy.due(cache.n + tokens, cache.sampled)
+        if overwrites and self._base is not None and self._second is None:
+            self._second = self._residency.claim(self._session.layout)
+            if self._second is None:
+                return 0
+        if needs_workspace:
+            self._workspace = self._residency.pool.lease_workspace()
+            if self._workspace is None:
+                return 0
+            cache.copy_to(self._workspace.buffers(scored=cache.policy.scored))
+        elif changes_over and self._second is not None and not self._in_second:
+            cache.copy_to(self._second.buffers(scored=cache.policy.scored))
+            self._in_second = True
+        cache.begin_segment(tokens)
+        return tokens
+
+    def end_segment(self) -> int:
+        """Compact if due, and bring the survivors home. Returns the number of evicted entries."""
+        cache = self.cache
+        home = self._second or self._session.lease
+        moves = self._workspace is not None or (
+            self._second is not None and not self._in_second and cache.due
+        )
+        if not moves or home is None:
+            return cache.end_segment()
+        evicted = cache.end_segment(into=home.buffers(scored=cache.policy.scored))
+        self._in_second = self._second is not None
+        self._release_workspace()
+        return evicted
+
+    def commit(self) -> None:
+        """What the turn did is the session's state from now on."""
+        if self._in_second and self._session.lease is not None:
+            self._session.lease.release()
+            self._session.lease, self._second = self._second, None
+        self._close()
+
+    def restart(self) -> None:
+        """Forget what the turn did so far, and go on from the state before it."""
+        self._release_workspace()
+        self._in_second = False
+        self._restore()
+
+    def rollback(self) -> None:
+        """The session is as it was before the turn. Does nothing if the transaction is not open."""
+        if not self._open:
+            return
+        session = self._session
+        if self._base is not None:
+            self._restore()
+        else:
+            session.cache = None
+            if session.lease is not None:
+                session.lease.release()
+                session.lease = None
+        self._close()
+
+    def _restore(self) -> None:
+        lease = self._session.lease
+        if self._base is None or lease is None:
+            self._create_cache()
+            return
+        cache = self.cache
+        cache.buffers = lease.buffers(scored=cache.policy.scored)
+        cache.restore(self._base)
+        if cache.buffers.score is not None and lease.slots.saved_score is not None:
+            cache.buffers.score[..., : cache.n] = lease.slots.saved_score[lease.index, ..., : cache.n]
+
+    def _close(self) -> None:
+        self._open = False
+        self._release_workspace()
+        if self._second is not None:
+            self._second.release()
+            self._second = None
+        self._residency.settle(self._session)
+
+    def _release_workspace(self) -> None:
+        if self._workspace is not None:
+            self._workspace.release()
+            self._workspace = None
+
+    def _create_cache(self) -> None:
+        session = self._session
+        if session.lease is not None:
+            buffers = session.lease.buffers(scored=session.policy.scored)
+            session.cache = Cache(session.policy, self._rotary, buffers)
+
+    def _save_scores(self) -> None:
+        lease, cache = self._session.lease, self.cache
+        if lease is not None and lease.slots.saved_score is not None and cache.buffers.score is not None:
+            lease.slots.saved_score[lease.index, ..., : cache.n] = cache.buffers.score[..., : cache.n]
+
+    def _until_compaction(self, tokens: int) -> int:
+        cache = self.cache
+        if not cache.policy.accumulates:
+            return 1
+        count = 1
+        while count < tokens and not cache.policy.due(cache.n + count, cache.sampled):
+            if cache.changes_over(count + 1):
+                break
+            count += 1
+        return count

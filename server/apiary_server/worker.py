@@ -1,0 +1,130 @@
+"""Puts a worker's engine together from its settings."""
+
+from __future__ import annotations
+
+import torch
+
+from apiary_server.engine.door import Door
+from apiary_server.engine.engine import Engine, Limits
+from apiary_server.engine.result import ModelInfo, Observer
+from apiary_server.engine.scheduler import Scheduler
+from apiary_server.errors import InvalidField
+from apiary_server.model.catalog import resolve
+from apiary_server.model.loader import LoadedModel, load
+from apiary_server.model.runner import Runner
+from apiary_server.sessions.manager import SessionManager
+from apiary_server.sessions.pool import Pool, SlotLayout
+from apiary_server.sessions.residency import Residency
+from apiary_server.settings import Settings
+from buzz import Policy, PolicyError, parse
+
+
+class Layouts:
+    """Policies as this worker can hold them: resolved against the model, with the layout of their slots."""
+
+    def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
+        self._geometry = loaded.geometry
+        self._max_positions = loaded.rotary.max_positions
+        self._default = settings.policy
+        self._slack = settings.slack
+        # rotary positions inside a workspace are in-cache indices, so it is never longer than the model
+        self.workspace_entries = min(settings.workspace_entries, self._max_positions)
+        self.pool: Pool | None = None
+        self._reserve = settings.reserve_slots
+
+    def __call__(self, spec: str | None) -> tuple[Policy, SlotLayout]:
+        """The policy of a spec (None: the default) and its slots.
+
+        Raises:
+            InvalidField: `policy` is malformed, or too large for the model, the workspace or the budget.
+        """
+        try:
+            policy = parse(self._default if spec is None else spec).resolve(self._max_positions)
+        except PolicyError as error:
+            raise InvalidField([("policy", str(error))]) from error
+        evicts = policy.due(policy.bound + 1, 0)
+        capacity = policy.bound + self._slack if evicts else policy.bound
+        if evicts and capacity > self.workspace_entries:
+            raise InvalidField(
+                [
+                    (
+                        "policy",
+                        f"{policy} holds up to {policy.bound} entries; with {self._slack} of slack that is "
+                        f"more than the {self.workspace_entries} of a workspace",
+                    )
+                ]
+            )
+        layout = SlotLayout(self._geometry, capacity, policy.scored)
+        if self.pool is not None and self.pool.places(layout) <= self._reserve:
+            raise InvalidField(
+                [
+                    (
+                        "policy",
+                        f"{policy} needs {self._reserve + 1} slots of {layout.bytes:,} bytes, and the cache "
+                        f"budget leaves {self.pool.arena_bytes:,} for slots",
+                    )
+                ]
+            )
+        return policy, layout
+
+
+def build(settings: Settings, observer: Observer | None = None) -> Engine:
+    """Load the model, lay out the memory, and return an engine that is ready to `start`.
+
+    Raises:
+        ModelUnavailable, UnservableModel: there is no such model, or it cannot be served.
+        InvalidField: the default policy is malformed or does not fit.
+        ValueError: the cache budget is too small.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    dtype, cache_dtype = getattr(torch, settings.dtype), getattr(torch, settings.cache_dtype)
+    loaded = load(resolve(settings.model), device, dtype, cache_dtype)
+    layouts = Layouts(loaded, settings)
+    policy, layout = layouts(None)
+    pool = Pool(
+        loaded.geometry, settings.cache_budget, layout, settings.workspaces, layouts.workspace_entries, device
+    )
+    layouts.pool = pool
+    layouts(None)  # the default policy must fit the budget, too
+    model = _info(settings, loaded, policy)
+    sessions = SessionManager(layouts, settings.session_ttl, settings.max_sessions)
+    residency = Residency(pool, settings.reserve_slots, settings.parked_budget)
+    return Engine(
+        model=model,
+        door=Door(model, loaded.tokenizer, sessions, residency, loaded.rotary),
+        runner=Runner(loaded.model),
+        scheduler=Scheduler(settings.step_tokens, settings.max_running),
+        sessions=sessions,
+        residency=residency,
+        limits=Limits(
+            queue_limit=settings.queue_limit,
+            step_limit=settings.step_limit,
+            reserve_slots=settings.reserve_slots,
+            parked_budget=settings.parked_budget,
+        ),
+        observer=observer,
+    )
+
+
+def _info(settings: Settings, loaded: LoadedModel, policy: Policy) -> ModelInfo:
+    geometry = loaded.geometry
+    return ModelInfo(
+        name=settings.model.rstrip("/").rpartition("/")[2],
+        architecture=loaded.architecture,
+        layers=geometry.layers,
+        query_heads=loaded.query_heads,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        vocab_size=loaded.tokenizer.vocab_size,
+        max_positions=loaded.rotary.max_positions,
+        weight_dtype=settings.dtype,
+        cache_dtype=settings.cache_dtype,
+        default_policy=str(policy),
+        default_max_tokens=min(settings.default_max_tokens, settings.max_tokens),
+        max_tokens=settings.max_tokens,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        eos_token_ids=loaded.eos_token_ids,
+        chat=loaded.tokenizer.chat,
+    )
