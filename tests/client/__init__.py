@@ -1,0 +1,1 @@
+"""Tests of the client: against a fake worker in this process, over real sockets."""
