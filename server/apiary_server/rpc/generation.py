@@ -1,0 +1,69 @@
+"""GenerationService."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from apiary.v1 import generation_pb2 as pb
+from apiary.v1.generation_pb2_grpc import GenerationServiceServicer
+from apiary_server.engine.delivery import TokenStream
+from apiary_server.engine.engine import Engine
+from apiary_server.engine.result import Delta
+from apiary_server.rpc.caller import Caller, Context, caller
+from apiary_server.rpc.convert import incoming, outgoing
+from apiary_server.settings import Settings
+
+
+class GenerationService(GenerationServiceServicer):
+    """Runs turns on the engine, which knows nothing of gRPC, and hands on what comes of them."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
+        self._settings = settings
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        whole = Delta()
+        async with contextlib.aclosing(self._turn(request, context)) as deltas:
+            async for delta in deltas:
+                whole.merge(delta)
+        return outgoing.response(whole)
+
+    async def StreamGenerate(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.StreamGenerateResponse]:
+        async with contextlib.aclosing(self._turn(request, context)) as deltas:
+            async for delta in deltas:
+                yield outgoing.stream_response(delta)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        caller(context)
+        ids = await asyncio.to_thread(self._engine.tokenize, incoming.tokenize_input(request))
+        return pb.TokenizeResponse(token_ids=ids)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        caller(context)
+        longest = self._engine.model.max_prompt_tokens
+        ids = incoming.token_ids(request.token_ids, "token_ids", longest).ids
+        return pb.DetokenizeResponse(text=await asyncio.to_thread(self._engine.detokenize, ids))
+
+    async def _turn(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[Delta, None]:
+        stream = TokenStream(
+            asyncio.get_running_loop(), self._settings.stream_tokens, self._settings.stall_limit
+        )
+        # A caller can leave while the turn is still being opened in the thread, where no cancellation
+        # reaches: the engine drops a turn whose stream is closed.
+        context.add_done_callback(lambda _: stream.close())  # type: ignore[arg-type]  # the stub wants a class
+        try:
+            await asyncio.to_thread(self._open, request, caller(context), stream)
+            # Not earlier: a client retries a refused call by itself only if no headers came before.
+            await context.send_initial_metadata(())
+            async for delta in stream:
+                yield delta
+        finally:
+            stream.close()
+
+    def _open(self, request: pb.GenerateRequest, who: Caller, stream: TokenStream) -> None:
+        turn = incoming.turn_request(request, who, self._engine.model.max_prompt_tokens)
+        self._engine.open(turn, stream)
