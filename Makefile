@@ -53,11 +53,11 @@ format: $(stamp) ## Format the code and fix what can be fixed by itself
 
 .PHONY: proto
 proto: $(stamp) ## Regenerate the Python beside proto/**/*.proto
-	@scripts/protos.sh
+	@PYTHON=$(bin)/python scripts/protos.sh
 
 .PHONY: proto-check
 proto-check: $(stamp) ## Check that the generated Python is fresh
-	@scripts/protos.sh --check
+	@PYTHON=$(bin)/python scripts/protos.sh --check
 
 .PHONY: image
 image: ## Build the container image IMAGE (VARIANT=cpu|cuda, MODEL=name|none)

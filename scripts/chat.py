@@ -18,11 +18,12 @@ APIARY = Path(sys.executable).with_name("apiary")
 START_SECONDS = 120
 STOP_SECONDS = 10
 LOG_LINES = 30
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def main(model: str, *arguments: str) -> int:
     """Chat with `model`, a name or a path; the rest are arguments of `apiary chat`. Returns its exit code."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in ENDINGS:
         signal.signal(number, _leave)
     _say(f"starting a worker with {model} ...")
     with (
@@ -62,19 +63,21 @@ class Worker:
         """The address in the line that it prints when it is ready; None if that does not come."""
         end = time.monotonic() + START_SECONDS
         while self.process.poll() is None and time.monotonic() < end:
-            if found := re.search(r"(127\.0\.0\.1:[1-9]\d*)\b.*\n", self._out.read_text()):
+            if found := re.search(r"(127\.0\.0\.1:[1-9]\d*)\b.*\n", self._out.read_text(errors="replace")):
                 return found[1]
             time.sleep(0.05)
         return None
 
     def log(self) -> list[str]:
         """The last lines that it logged."""
-        return self._log.read_text().splitlines(keepends=True)[-LOG_LINES:]
+        return self._log.read_text(errors="replace").splitlines(keepends=True)[-LOG_LINES:]
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGINT, *ENDINGS):  # a second Ctrl-C must not leave the worker behind
+            signal.signal(number, signal.SIG_IGN)
         self.process.terminate()
         try:
             self.process.wait(STOP_SECONDS)
@@ -92,7 +95,8 @@ def _chat(address: str, arguments: tuple[str, ...]) -> int:
     try:
         code = chat.wait()
     finally:
-        chat.kill()
+        chat.terminate()
+        chat.wait()
     return code if code >= 0 else 128 - code
 
 

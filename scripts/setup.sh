@@ -38,9 +38,12 @@ pip_install() {
     fi
 }
 
-python=$(find_python) || die "Python 3.11 or later is needed and was not found; name one with PYTHON=/path/to/python3"
-say "creating .venv with $("$python" --version)"
-"$python" -m venv .venv || die "cannot create .venv; on Debian and Ubuntu: apt install python3-venv"
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    python=$(find_python) ||
+        die "Python 3.11 or later is needed and was not found; name one with PYTHON=/path/to/python3"
+    say "creating .venv with $("$python" --version)"
+    "$python" -m venv --clear .venv || die "cannot create .venv; on Debian and Ubuntu: apt install python3-venv"
+fi
 : >.venv/setup.log
 
 # First and alone, so that the index chosen for it serves nothing else.

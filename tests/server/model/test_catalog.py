@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from apiary_server.model import catalog
 from apiary_server.model.catalog import ModelUnavailable
 from apiary_server.model.wheel import Progress, Wheel, WheelError

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from apiary_server.model.wheel import Wheel, WheelError
 
 PAYLOAD = b"GGUF" + bytes(range(256)) * 64
