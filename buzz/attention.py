@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-_ROWS = 128  # query rows at a time, so that logits take memory for rows x n, not T x n
+_LOGITS = 2**18  # at a time: memory stays bounded, and a CPU keeps them in its cache
 
 
 @torch.no_grad()
@@ -45,8 +45,9 @@ def attend_chunk(
     grouped = _scaled(query, scale, seen, log_n, wide).to(compute).view(kv_heads, -1, count, head_dim)
     keys, values = keys.to(compute), values.to(compute)
     output = query.new_empty(kv_heads, grouped.shape[1], count, head_dim)
-    for start in range(0, count, _ROWS):
-        rows = min(_ROWS, count - start)
+    most = max(16, _LOGITS // (query_heads * n))
+    for start in range(0, count, most):
+        rows = min(most, count - start)
         view = n - count + start + rows  # keys that the last of these rows sees
         block = grouped[:, :, start : start + rows].reshape(kv_heads, -1, head_dim)
         logits = torch.bmm(block, keys[:, :view].transpose(1, 2)).to(wide).view(kv_heads, -1, rows, view)

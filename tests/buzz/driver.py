@@ -1,0 +1,156 @@
+"""Drives the library's cache with random tokens, as an engine would, beside the naive restatement."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from buzz import H2O, Buffers, Buzz, Cache, Policy, Rotary, Streaming, attend_chunk, attend_decode
+from tests.buzz import naive
+
+
+def rule_of(policy: Policy) -> naive.Rule:
+    original = policy.positions == "original"
+    if isinstance(policy, Buzz):
+        settings = dataclasses.asdict(policy)
+        del settings["positions"]
+        return naive.Rule("buzz", original=original, **settings)
+    if isinstance(policy, H2O):
+        return naive.Rule(
+            "h2o", heavy=policy.heavy, window=policy.recent, block=policy.block, original=original
+        )
+    if isinstance(policy, Streaming):
+        return naive.Rule("streaming", policy.sink, policy.window, block=policy.block, original=original)
+    return naive.Rule("full", original=original)
+
+
+@dataclasses.dataclass
+class Shape:
+    layers: int = 1
+    kv_heads: int = 2
+    group: int = 2
+    head_dim: int = 4
+    max_positions: int = 4096
+    capacity: int = 256
+    dtype: torch.dtype = torch.float64
+
+
+class Driver:
+    """One session of the library; tokens come from `seed`, so two drivers see the same text."""
+
+    def __init__(self, policy: Policy, shape: Shape, seed: int = 0, slot: bool = False) -> None:
+        self.shape = shape
+        self.policy = policy
+        self.random = np.random.default_rng(seed)
+        self.rotary = Rotary.of(shape.head_dim, shape.max_positions, theta=100.0)
+        self.workspace = self.memory(shape.capacity)
+        self.slot = self.memory(policy.bound + 8) if slot else None
+        self.cache = Cache(policy, self.rotary, self.workspace)
+        self.keys: list[np.ndarray] = []  # unrotated, [layer, kv_heads, head_dim] of each token ever seen
+        self.steps = 0
+
+    def memory(self, capacity: int) -> Buffers:
+        shape = self.shape
+        size = (shape.layers, shape.kv_heads, capacity, shape.head_dim)
+        buffers = Buffers.empty(*size, shape.dtype, "cpu", self.policy.scored)
+        buffers.keys.fill_(torch.nan)  # nothing may depend on memory that was never written
+        return buffers
+
+    def draw(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        shape = self.shape
+        token = (count, shape.layers, shape.kv_heads * (shape.group + 2), shape.head_dim)
+        drawn = self.random.standard_normal(token)
+        query, key, value = np.split(
+            drawn, [shape.kv_heads * shape.group, shape.kv_heads * (shape.group + 1)], axis=2
+        )
+        self.keys += list(key)
+        return query * 1.5, key, value
+
+    def segment(self, cuts: Sequence[int], oracle: naive.Session | None = None) -> int:
+        """One segment in steps of `cuts` tokens; checks the outputs against `oracle` and advances it."""
+        cache = self.cache
+        if self.slot is not None and cache.buffers is self.slot:
+            cache.copy_to(self.workspace)
+        cache.begin_segment(sum(cuts))
+        if oracle is not None:
+            oracle.begin(sum(cuts))
+        for count in cuts:
+            tokens = self.draw(count)
+            output = self.step(count, *(torch.from_numpy(t).to(self.shape.dtype) for t in tokens))
+            if oracle is not None:
+                expected = np.stack([oracle.token(*token) for token in zip(*tokens, strict=True)])
+                np.testing.assert_allclose(output.numpy(), expected, atol=1e-9)
+        evicted = cache.end_segment(self.slot)
+        if oracle is not None:
+            oracle.end()
+        return evicted
+
+    def step(self, count: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        cache, shape = self.cache, self.shape
+        self.steps += 1
+        positions = torch.tensor(cache.next_positions(count))
+        cache.prepare(count)
+        buffers, start, end = cache.buffers, cache.n, cache.n + count
+        outputs = []
+        for layer in range(shape.layers):
+            q, k, v = (t[:, layer].transpose(0, 1) for t in (query, key, value))
+            q = self.rotary.rotate(q, positions)
+            buffers.keys[layer, :, start:end] = self.rotary.rotate(k, positions)
+            buffers.values[layer, :, start:end] = v
+            keys, values = buffers.keys[layer, :, :end], buffers.values[layer, :, :end]
+            mass = None if buffers.score is None else buffers.score[layer, :, :end]
+            scale, log_n = shape.head_dim**-0.5, self.policy.log_n
+            if count == 1:
+                batch = (t.unsqueeze(0) for t in (q[:, 0], keys, values))
+                mass = None if mass is None else mass.unsqueeze(0)
+                out = attend_decode(*batch, torch.tensor([end]), scale, mass, log_n).transpose(0, 1)
+            else:
+                out = attend_chunk(q, keys, values, scale, mass, log_n)
+            outputs.append(out)
+        cache.append(count)
+        return torch.stack(outputs).permute(2, 0, 1, 3)
+
+    def oracle(self) -> naive.Session:
+        shape = self.shape
+        rule = rule_of(self.cache.policy)
+        frequencies = self.rotary.inv_freq.double().tolist()
+        return naive.Session(
+            rule, shape.layers, shape.kv_heads, shape.group, frequencies, shape.max_positions
+        )
+
+    def fresh_keys(self) -> np.ndarray:
+        """The kept tokens' keys, rotated once, in float64, from where they started: [L, H, n, head_dim]."""
+        cache, positions = self.cache, self.positions()
+        turn = self.oracle().rotate
+        fresh = np.zeros((*positions.shape, self.shape.head_dim))
+        for layer, head, index in np.ndindex(*positions.shape):
+            place = index if cache.rotated_in_cache else positions[layer, head, index]
+            fresh[layer, head, index] = turn(self.keys[positions[layer, head, index]][layer, head], place)
+        return fresh
+
+    def positions(self) -> np.ndarray:
+        return self.cache.buffers.position[:, :, : self.cache.n].numpy()
+
+
+def assert_same(driver: Driver, oracle: naive.Session) -> None:
+    """The library's cache is the naive one: the same tokens, counts, scores and keys."""
+    cache = driver.cache
+    assert (cache.n, cache.sampled, cache.seen, cache.evicted) == (
+        oracle.n,
+        oracle.sampled,
+        oracle.seen,
+        oracle.evicted,
+    )
+    assert cache.rotated_in_cache == oracle.in_cache
+    if not cache.n:
+        return
+    kept = [[[entry.position for entry in head] for head in layer] for layer in oracle.entries]
+    np.testing.assert_array_equal(driver.positions(), kept)
+    if cache.buffers.score is not None:
+        score = [[[entry.score for entry in head] for head in layer] for layer in oracle.entries]
+        np.testing.assert_allclose(cache.buffers.score[:, :, : cache.n].numpy(), score, rtol=1e-9, atol=1e-12)
+    values = [[[entry.value for entry in head] for head in layer] for layer in oracle.entries]
+    np.testing.assert_array_equal(cache.buffers.values[:, :, : cache.n].numpy(), values)

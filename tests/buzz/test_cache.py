@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from buzz import H2O, Buffers, Buzz, Cache, Compaction, Full, Policy, Rotary, Streaming, parse
+from tests.buzz.driver import Driver, Shape, assert_same
+
+SMALL = "buzz(sink=4,window=16,threshold=40,stride=5)"
+
+
+def cuts_of(random: np.random.Generator, count: int) -> list[int]:
+    """`count` tokens in one to four steps."""
+    edges = sorted({0, count, *random.integers(1, count + 1, size=3).tolist()})
+    return [b - a for a, b in itertools.pairwise(edges)]
+
+
+def segments(seed: int, steps: int, longest: int = 40) -> list[list[int]]:
+    """Single tokens, and one prompt among ten, until `steps` steps are full."""
+    random = np.random.default_rng(seed)
+    result, total = [], 0
+    while total < steps:
+        prompt = random.random() < 0.1
+        result.append(cuts_of(random, int(random.integers(1, longest + 1))) if prompt else [1])
+        total += len(result[-1])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (SMALL, Shape(layers=2, kv_heads=1, group=1)),
+        (SMALL, Shape(kv_heads=2, group=4)),
+        (SMALL, Shape(kv_heads=3, group=3)),
+        (SMALL, Shape(kv_heads=4, group=2)),
+        ("buzz(sink=2,window=10,threshold=30,stride=4,positions=original)", Shape(max_positions=700)),
+        ("h2o(heavy=20,recent=20,block=6)", Shape(kv_heads=3, group=2)),
+        ("streaming(sink=3,window=40,block=7)", Shape()),
+        ("streaming(sink=3,window=30,block=1,positions=original)", Shape(max_positions=500)),
+    ],
+    ids=str,
+)
+def test_two_thousand_steps_equal_the_naive_restatement(spec: str, shape: Shape) -> None:
+    driver = Driver(parse(spec), shape, seed=1, slot=True)
+    oracle = driver.oracle()
+    for cuts in segments(seed=2, steps=2000):
+        driver.segment(cuts, oracle)
+        assert_same(driver, oracle)
+        assert driver.cache.n <= driver.cache.policy.bound
+    assert driver.steps >= 2000
+    assert driver.cache.evicted > 1000
+
+
+@pytest.mark.parametrize(
+    "spec", [SMALL, "h2o(heavy=20,recent=20,block=4)", "streaming(sink=4,window=40,block=2)"]
+)
+@pytest.mark.parametrize("mode", ["in_cache", "original"])
+def test_float32_keys_equal_freshly_rotated_keys_after_two_thousand_steps(spec: str, mode: str) -> None:
+    policy = parse(spec.replace(")", f",positions={mode})"))
+    driver = Driver(policy, Shape(kv_heads=3, group=2, max_positions=900, dtype=torch.float32), seed=3)
+    for cuts in segments(seed=4, steps=2000):
+        driver.segment(cuts)
+    keys = driver.cache.buffers.keys[:, :, : driver.cache.n]
+    assert driver.cache.rotated_in_cache
+    np.testing.assert_allclose(keys.numpy(), driver.fresh_keys(), atol=1e-4, rtol=0)
+
+
+def test_bfloat16_keys_drift_by_a_few_roundings_only() -> None:
+    driver = Driver(parse(SMALL), Shape(dtype=torch.bfloat16), seed=3)
+    for cuts in segments(seed=4, steps=1000):
+        driver.segment(cuts)
+    keys, fresh = driver.cache.buffers.keys[:, :, : driver.cache.n].double().numpy(), driver.fresh_keys()
+    drift = np.abs(keys - fresh).max() / np.abs(fresh).max()
+    assert 0 < drift < 8 * 2**-8
+
+
+def test_original_positions_hold_until_the_changeover() -> None:
+    driver = Driver(parse("buzz(sink=1,window=4,threshold=10,positions=original)"), Shape(max_positions=100))
+    oracle = driver.oracle()
+    for _ in range(100):
+        assert list(driver.cache.next_positions(1)) == [driver.cache.seen]
+        assert not driver.cache.changes_over(1)
+        driver.segment([1], oracle)
+        np.testing.assert_allclose(
+            driver.cache.buffers.keys[:, :, : driver.cache.n].numpy(), driver.fresh_keys(), atol=1e-12
+        )
+    assert driver.cache.changes_over(1)
+    driver.segment([1], oracle)
+    assert driver.cache.rotated_in_cache
+    assert not driver.cache.changes_over(10_000)
+    assert list(driver.cache.next_positions(2)) == [driver.cache.n, driver.cache.n + 1]
+    np.testing.assert_allclose(
+        driver.cache.buffers.keys[:, :, : driver.cache.n].numpy(), driver.fresh_keys(), atol=1e-12
+    )
+    assert_same(driver, oracle)
+
+
+modes = st.sampled_from(["in_cache", "original"])
+buzzes = st.builds(
+    Buzz,
+    sink=st.integers(0, 6),
+    window=st.integers(0, 12),
+    threshold=st.integers(1, 20),
+    stride=st.integers(3, 8),
+    local_max=st.booleans(),
+    accumulate=st.booleans(),
+    log_n=st.none() | st.integers(2, 30),
+    positions=modes,
+)
+h2os = st.integers(1, 12).flatmap(
+    lambda heavy: st.builds(
+        H2O, heavy=st.just(heavy), recent=st.integers(0, 8), block=st.integers(1, heavy), positions=modes
+    )
+)
+streamings = st.integers(1, 12).flatmap(
+    lambda window: st.builds(
+        Streaming,
+        sink=st.integers(0, 5),
+        window=st.just(window),
+        block=st.integers(1, window),
+        positions=modes,
+    )
+)
+policies = buzzes | h2os | streamings | st.builds(Full, bound=st.just(200), positions=modes)
+cuttings = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=8)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    policy=policies,
+    cuttings=cuttings,
+    kv_heads=st.integers(1, 4),
+    group=st.integers(1, 4),
+    max_positions=st.integers(120, 600),
+    slot=st.booleans(),
+)
+def test_any_policy_and_any_lengths_equal_the_naive_restatement(
+    policy: Policy, cuttings: list[list[int]], kv_heads: int, group: int, max_positions: int, slot: bool
+) -> None:
+    shape = Shape(kv_heads=kv_heads, group=group, capacity=400, max_positions=max_positions)
+    driver = Driver(policy, shape, seed=5, slot=slot)
+    oracle = driver.oracle()
+    for cuts in cuttings:
+        if driver.cache.n + sum(cuts) > min(max_positions, policy.bound + 100):
+            break
+        driver.segment(cuts, oracle)
+        assert_same(driver, oracle)
+        assert driver.cache.n <= policy.bound
+
+
+@settings(max_examples=40, deadline=None)
+@given(policy=policies, cuttings=cuttings)
+def test_the_outcome_does_not_depend_on_the_cuts(policy: Policy, cuttings: list[list[int]]) -> None:
+    shape = Shape(capacity=400)
+    cut, whole = Driver(policy, shape, seed=6, slot=True), Driver(policy, shape, seed=6)
+    for cuts in cuttings:
+        if cut.cache.n + sum(cuts) > min(180, policy.bound + 100):
+            break
+        assert cut.segment(cuts) == whole.segment([sum(cuts)])
+        n = whole.cache.n
+        np.testing.assert_array_equal(cut.positions(), whole.positions())
+        assert_equal(cut.cache.buffers, whole.cache.buffers, n)
+        assert cut.cache.state() == whole.cache.state()
+
+
+def assert_equal(mine: Buffers, theirs: Buffers, n: int, **tolerance: float) -> None:
+    assert (mine.score is None) == (theirs.score is None)
+    for a, b in zip(vars(mine).values(), vars(theirs).values(), strict=True):
+        if a is not None:
+            torch.testing.assert_close(a[:, :, :n], b[:, :, :n], **tolerance)
+
+
+def ready(policy: Policy, capacity: int = 64, max_positions: int = 100) -> Driver:
+    return Driver(policy, Shape(capacity=capacity, max_positions=max_positions))
+
+
+def test_a_prompt_shorter_than_the_sink_stays_whole() -> None:
+    driver = ready(parse("buzz(sink=8,window=0,threshold=1)"))
+    assert driver.segment([2, 3]) == 0
+    assert (driver.cache.n, driver.cache.sampled) == (5, 0)
+
+
+def test_a_segment_past_the_model_is_refused_and_changes_nothing() -> None:
+    driver = ready(Full(bound=100), capacity=200)
+    driver.segment([90])
+    before = driver.cache.state()
+    for count in (0, -1, 11):
+        with pytest.raises(ValueError, match="a segment has 1 to 10 tokens here"):
+            driver.cache.begin_segment(count)
+    assert driver.cache.state() == before
+    driver.segment([10])
+    assert driver.cache.n == 100
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
+    driver = ready(parse(SMALL), capacity=64)
+    driver.segment([60])
+    cache, before = driver.cache, driver.cache.state()
+    with pytest.raises(ValueError, match="65 entries do not fit a capacity of 64"):
+        cache.prepare(5)
+    with pytest.raises(ValueError, match="60 entries do not fit a capacity of 59"):
+        cache.copy_to(driver.memory(59))
+    driver.step(4, *(torch.zeros(4, 1, heads, 4, dtype=torch.float64) for heads in (4, 2, 2)))
+    keys = cache.buffers.keys.clone()
+    with pytest.raises(ValueError, match="29 entries do not fit a capacity of 28"):
+        cache.end_segment(driver.memory(28))
+    assert cache.buffers is driver.workspace
+    assert (cache.n, cache.sampled, cache.evicted) == (64, 0, before.evicted)
+    torch.testing.assert_close(cache.buffers.keys, keys, rtol=0, atol=0)
+    assert cache.end_segment(driver.memory(29)) == 35
+
+
+def test_scores_are_required_where_the_policy_reads_them() -> None:
+    rotary = Rotary.of(4, 100)
+    plain = Buffers.empty(1, 2, 64, 4, torch.float32, "cpu", scored=False)
+    with pytest.raises(ValueError, match="needs scores"):
+        Cache(parse(SMALL), rotary, plain)
+    driver = ready(parse(SMALL))
+    driver.segment([5])
+    with pytest.raises(ValueError, match="needs scores"):
+        driver.cache.copy_to(plain)
+    cache = Cache(Streaming(sink=1, window=4, block=1), rotary, plain)
+    cache.begin_segment(9)
+    cache.prepare(9)
+    cache.append(9)
+    assert cache.end_segment() == 4
+    assert plain.position[0, 1, :5].tolist() == [0, 5, 6, 7, 8]
+
+
+def test_moving_keeps_the_entries_and_leaves_the_old_memory() -> None:
+    driver = ready(parse(SMALL))
+    driver.segment([30])
+    keys = driver.workspace.keys[:, :, :30].clone()
+    slot = driver.memory(40)
+    driver.cache.copy_to(slot)
+    assert driver.cache.buffers is slot
+    driver.workspace.keys.zero_()
+    torch.testing.assert_close(slot.keys[:, :, :30], keys, rtol=0, atol=0)
+    again = driver.memory(40)
+    driver.cache.buffers = slot
+    assert driver.cache.end_segment(again) == 0  # nothing due: it moves all the same
+    torch.testing.assert_close(again.keys[:, :, :30], keys, rtol=0, atol=0)
+    assert driver.cache.buffers is again
+
+
+@pytest.mark.parametrize("mode", ["in_cache", "original"])
+def test_a_restored_checkpoint_continues_as_if_nothing_had_happened(mode: str) -> None:
+    policy = parse(SMALL.replace(")", f",positions={mode})"))
+    straight, tried = ready(policy, 128, 150), ready(policy, 128, 150)
+    for driver in (straight, tried):
+        driver.segment([55])
+    state, reserve = tried.cache.state(), tried.memory(64)
+    reserve.copy_from(tried.cache.buffers, tried.cache.n)
+    random = tried.random.bit_generator.state
+    for cuts in ([30], [70], [1], [1]):
+        tried.segment(cuts)
+    assert tried.cache.state() != state
+    tried.cache.restore(state)
+    tried.cache.buffers.copy_from(reserve, state.n)
+    tried.random.bit_generator.state = random
+    for cuts in ([20], [1], [60], [1]):
+        assert straight.segment(cuts) == tried.segment(cuts)
+    assert straight.cache.state() == tried.cache.state()
+    assert_equal(straight.cache.buffers, tried.cache.buffers, straight.cache.n, rtol=0, atol=0)
+
+
+def test_a_policy_that_never_gets_done_is_an_error_not_a_hang() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Stuck(Policy):
+        name: ClassVar[str] = "stuck"
+        scored: ClassVar[bool] = False
+
+        @property
+        def bound(self) -> int:
+            return 4
+
+        def due(self, n: int, sampled: int) -> bool:
+            return n > 4
+
+        def compact(self, n: int, sampled: int, score: Tensor | None) -> Compaction:
+            return Compaction(torch.arange(n), None, sampled)
+
+    with pytest.raises(RuntimeError, match="changes nothing"):
+        ready(Stuck()).segment([5])
+
+
+def test_compaction_reports_what_it_evicts_and_due_foretells_it() -> None:
+    driver = ready(parse(SMALL), capacity=128)
+    assert driver.segment([60]) == 0
+    assert not driver.cache.due
+    driver.cache.begin_segment(1)
+    driver.step(1, *(torch.zeros(1, 1, heads, 4, dtype=torch.float64) for heads in (4, 2, 2)))
+    assert driver.cache.due
+    assert driver.cache.end_segment() == 61 - 20 - 9  # 41 middle entries in 9 cells
+    assert (driver.cache.n, driver.cache.sampled, driver.cache.evicted) == (29, 9, 32)
