@@ -1,0 +1,1 @@
+"""Tests of the gRPC side: the real server on a real socket, before a fake engine."""

@@ -1,0 +1,1 @@
+"""Tests of the conversions between protobuf and the domain."""

@@ -1,0 +1,219 @@
+"""An engine without a model: bytes are tokens, answers are `t0 t1 t2 ...`, and tests say what goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+
+from apiary_server import errors
+from apiary_server.engine.delivery import Delivery, TokenStream
+from apiary_server.engine.request import Messages, Text, TokenIds, TurnRequest
+from apiary_server.engine.result import Capacity, Delta, FinishReason, ModelInfo, TokenLogprob, Usage
+from apiary_server.sessions.info import SessionInfo, State
+from buzz import PolicyError, parse
+
+VOCABULARY = 49_152
+
+MODEL = ModelInfo(
+    name="fake",
+    architecture="LlamaForCausalLM",
+    layers=2,
+    query_heads=4,
+    kv_heads=2,
+    head_dim=16,
+    vocab_size=VOCABULARY,
+    max_positions=8192,
+    weight_dtype="float32",
+    cache_dtype="float32",
+    default_policy="buzz(sink=4,window=160,threshold=400,stride=5)",
+    default_max_tokens=512,
+    max_tokens=32_768,
+    max_prompt_tokens=131_072,
+    eos_token_ids=(2,),
+    chat=True,
+)
+USAGE = Usage(
+    prompt_tokens=3,
+    cached_tokens=2,
+    completion_tokens=4,
+    evicted_entries=1,
+    queue_time=0.25,
+    prefill_time=0.5,
+    decode_time=1.5,
+    seed=7,
+)
+CAPACITY = Capacity(*range(1, 17))
+
+
+class FakeEngine:
+    """The interface of `apiary_server.engine.engine.Engine`, with threads that answer at a set pace.
+
+    Set `refusal` to have `open` raise, `failure` to have answers end in it after their first token, `count`
+    and `pace` (seconds) for the answers' tokens, and `admission` (seconds) for how long `open` takes.
+    """
+
+    def __init__(self) -> None:
+        self.model = MODEL
+        self.sessions = FakeSessions()
+        self.healthy = True
+        self.on_unhealthy: Callable[[], None] | None = None
+        self.refusal: Exception | None = None
+        self.failure: errors.ApiaryError | None = None
+        self.count, self.pace, self.admission = 4, 0.0, 0.0
+        self.requests: list[TurnRequest] = []
+        self.opening = threading.Event()  # `open` was called
+        self.dropped = threading.Event()  # an answer found its stream closed
+        self.calls: list[str] = []
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def drain(self) -> None:
+        self.calls.append("drain")
+        self.refusal = errors.Draining("the worker is shutting down", retry_after=1.5)
+
+    def stop(self, grace: float) -> None:
+        self.calls.append(f"stop({grace})")
+
+    def open(self, request: TurnRequest, stream: TokenStream) -> None:
+        self.opening.set()
+        time.sleep(self.admission)
+        if self.refusal is not None:
+            raise self.refusal
+        self._check(request)
+        if request.session is not None:
+            self.sessions.begin(request.tenant, request.session)
+        self.requests.append(request)
+        threading.Thread(target=self._answer, args=(request, stream), daemon=True).start()
+
+    def tokenize(self, input: Text | Messages) -> list[int]:
+        texts = [input.text] if isinstance(input, Text) else [one.content for one in input.messages]
+        return list("".join(texts).encode())
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        self._in_vocabulary(ids, "token_ids")
+        return " ".join(map(str, ids))
+
+    def capacity(self) -> Capacity:
+        return CAPACITY
+
+    def delete_session(self, tenant: str, id: str) -> Future[None]:
+        self.sessions.remove(tenant, id)
+        done: Future[None] = Future()
+        threading.Timer(0.01, done.set_result, (None,)).start()
+        return done
+
+    def _check(self, request: TurnRequest) -> None:
+        most = self.model.max_tokens
+        if (request.stopping.max_tokens or 0) > most:
+            raise errors.InvalidField([("stopping.max_tokens", f"at most {most}")])
+        self._in_vocabulary(request.stopping.stop_token_ids, "stopping.stop_token_ids")
+        self._in_vocabulary(list(request.sampling.logit_bias), "sampling.logit_bias")
+        if request.policy is not None:
+            check_policy(request.policy)
+        if isinstance(request.input, TokenIds):
+            self._in_vocabulary(request.input.ids, "token_ids.ids")
+        elif len(self.tokenize(request.input)) > self.model.max_prompt_tokens:
+            field = "text" if isinstance(request.input, Text) else "messages"
+            raise errors.InvalidField([(field, f"at most {self.model.max_prompt_tokens} tokens")])
+
+    @staticmethod
+    def _in_vocabulary(ids: Sequence[int], field: str) -> None:
+        for place, id in enumerate(ids):
+            if id >= VOCABULARY:
+                raise errors.InvalidField([(f"{field}[{place}]", f"{id} is not in the vocabulary")])
+
+    def _answer(self, request: TurnRequest, stream: TokenStream) -> None:
+        delivery = Delivery()
+        count = min(self.count, request.stopping.max_tokens or self.count)
+        for place in range(count):
+            time.sleep(self.pace)
+            if stream.closed:
+                self.dropped.set()
+                break
+            if self.failure is not None and place == 1:
+                delivery.send(stream, self.failure)
+                delivery.flush()
+                break
+            logprobs = [TokenLogprob(place, -0.5, ((place, -0.5), (9, -2.0)))] if request.logprobs else []
+            delta = Delta(f"t{place} ", [place], place, logprobs)
+            if place == count - 1:
+                delta.finish_reason, delta.usage = FinishReason.LENGTH, USAGE
+            delivery.send(stream, delta)
+            delivery.flush()
+        if request.session is not None:
+            self.sessions.end(request.tenant, request.session)
+
+
+class FakeSessions:
+    """The interface of `apiary_server.sessions.manager.SessionManager`."""
+
+    def __init__(self) -> None:
+        self.table: dict[tuple[str, str], SessionInfo] = {}
+        self.created: list[dict[str, object]] = []
+
+    def create(
+        self,
+        tenant: str,
+        id: str | None,
+        policy: str | None,
+        expire_time: float | None,
+        ttl: float | None,
+        labels: Mapping[str, str],
+    ) -> SessionInfo:
+        self.created.append({"policy": policy, "expire_time": expire_time, "ttl": ttl})
+        policy = check_policy(policy or "buzz")
+        id = id or f"drawn-{len(self.table)}"
+        if (tenant, id) in self.table:
+            raise errors.SessionExists(f"sessions/{id}")
+        now = 1_700_000_000.25
+        info = SessionInfo(
+            id=id,
+            policy=policy,
+            create_time=now,
+            update_time=now,
+            expire_time=expire_time or now + (ttl or 60.0),
+            labels=dict(labels),
+            state=State.EMPTY,
+            turn_count=0,
+            token_count=0,
+            entries=0,
+            bound=564,
+            bytes=0,
+        )
+        self.table[tenant, id] = info
+        return info
+
+    def get(self, tenant: str, id: str) -> SessionInfo:
+        if (tenant, id) not in self.table:
+            raise errors.SessionNotFound(f"sessions/{id}")
+        return self.table[tenant, id]
+
+    def list(self, tenant: str, page_size: int, after: str) -> tuple[list[SessionInfo], str]:
+        ids = sorted(id for owner, id in self.table if owner == tenant and id > after)
+        page = ids[:page_size]
+        return [self.table[tenant, id] for id in page], page[-1] if len(ids) > page_size else ""
+
+    def remove(self, tenant: str, id: str) -> None:
+        self.get(tenant, id)
+        del self.table[tenant, id]
+
+    def begin(self, tenant: str, id: str) -> None:
+        if self.get(tenant, id).state is State.BUSY:
+            raise errors.SessionBusy(f"sessions/{id} has a turn in flight")
+        self.table[tenant, id] = dataclasses.replace(self.table[tenant, id], state=State.BUSY)
+
+    def end(self, tenant: str, id: str) -> None:
+        if (tenant, id) in self.table:
+            self.table[tenant, id] = dataclasses.replace(self.table[tenant, id], state=State.EMPTY)
+
+
+def check_policy(spec: str) -> str:
+    """The policy's full spec, or the error that the worker has for a bad one."""
+    try:
+        return str(parse(spec))
+    except PolicyError as error:
+        raise errors.InvalidField([("policy", str(error))]) from error
