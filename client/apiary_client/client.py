@@ -8,13 +8,13 @@ from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
 import grpc
+
 from apiary.v1 import generation_pb2 as generation_pb
 from apiary.v1 import model_pb2 as model_pb
 from apiary.v1 import session_pb2 as session_pb
 from apiary.v1.generation_pb2_grpc import GenerationServiceStub
 from apiary.v1.model_pb2_grpc import ModelServiceStub
 from apiary.v1.session_pb2_grpc import SessionServiceStub
-
 from apiary_client import channel, convert, errors
 from apiary_client.types import Capacity, Chat, Completion, Delta, Model, Session, TurnOptions
 

@@ -7,12 +7,12 @@ from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from apiary.v1 import generation_pb2 as generation_pb
-from apiary.v1 import model_pb2 as model_pb
-from apiary.v1 import session_pb2 as session_pb
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from apiary.v1 import generation_pb2 as generation_pb
+from apiary.v1 import model_pb2 as model_pb
+from apiary.v1 import session_pb2 as session_pb
 from apiary_client.types import (
     CacheUsage,
     Capacity,

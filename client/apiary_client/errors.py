@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import grpc
-from apiary.v1 import error_reason_pb2
 from google.rpc import error_details_pb2 as details_pb
 from google.rpc import status_pb2
 from grpc_status import rpc_status
+
+from apiary.v1 import error_reason_pb2
 
 DOMAIN = "apiary"
 

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from typer.testing import CliRunner
 
 from apiary_client import Client, aio
+from apiary_client.cli.app import app
 
 from .fake_worker import FakeWorker
+
+COMMAND = Path(sys.executable).with_name("apiary")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -44,21 +48,38 @@ async def aclient(worker: FakeWorker) -> AsyncIterator[aio.Client]:
 def environment(worker: FakeWorker) -> dict[str, str]:
     """Give a process the fake worker as its target, and none of our own settings."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("APIARY_")}
-    return {**clean, "APIARY_TARGET": worker.target, "COLUMNS": "200", "NO_COLOR": "1"}
+    return {**clean, "APIARY_TARGET": worker.target}
 
 
 @pytest.fixture
-def apiary(environment: dict[str, str]) -> Run:
-    """Run the `apiary` command in a process of its own."""
+def apiary(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the `apiary` command in this process."""
 
     def run(*arguments: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(Path(sys.executable).with_name("apiary")), *arguments],
-            input=stdin,
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", environment | variables)
+            result = CliRunner().invoke(app, arguments, input=stdin)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture
+def process(environment: dict[str, str]) -> Run:
+    """Run the `apiary` command in a process of its own."""
+
+    def run(*arguments: str, stdin: str | bytes = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [COMMAND, *arguments],
+            input=stdin.encode() if isinstance(stdin, str) else stdin,
             env=environment | variables,
             capture_output=True,
-            text=True,
             timeout=30,
+        )
+        return subprocess.CompletedProcess(
+            arguments, done.returncode, done.stdout.decode(), done.stderr.decode()
         )
 
     return run

@@ -12,12 +12,14 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from apiary_client import errors
 
 # Names and texts from outside are printed as they are: no markup.
 out = Console(highlight=False, markup=False, emoji=False)
+_wide = Console(highlight=False, markup=False, emoji=False, width=1000)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
@@ -25,6 +27,11 @@ def write(text: str) -> None:
     """Print a piece of an answer as it is, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def table(rows: Table) -> None:
+    """Print a table: fitted to a terminal, one line a row for a pipe."""
+    (out if out.is_terminal else _wide).print(rows)
 
 
 def note(text: str) -> None:

@@ -68,8 +68,6 @@ def generate(
     """Print one answer as it is generated; greedy unless a temperature is set."""
     if raw and system is not None:
         console.fail("--system needs the chat template: leave out --raw", code=2)
-    if text == "-":
-        text = sys.stdin.read()
     options = TurnOptions(
         session=session,
         policy=policy,
@@ -83,13 +81,15 @@ def generate(
         ),
         stopping=Stopping(max_tokens=max_tokens, stop=stop or ()),
     )
-    messages = None
-    if raw:
-        options["text"] = text
-    else:
-        opening = [Message("system", system)] if system is not None else []
-        messages = [*opening, Message("user", text)]
     with connect(target, tenant, tls, tls_root_file) as client:
+        if text == "-":
+            text = sys.stdin.read()
+        messages = None
+        if raw:
+            options["text"] = text
+        else:
+            opening = [Message("system", system)] if system is not None else []
+            messages = [*opening, Message("user", text)]
         if json:
             answer = client.generate(messages, timeout=timeout, **options)
             console.write(console.json_text(answer) + "\n")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from apiary_client.cli import console
@@ -54,12 +54,12 @@ def list_(json: Json = False, cache_dir: CacheDir = None) -> None:
     if json:
         console.write(console.json_text(installed) + "\n")
         return
-    table = Table("model", "size", "directory")
+    table = Table("model", "size", Column("directory", overflow="fold"))
     for model in installed:
         table.add_row(model.name, decimal(model.size_bytes), str(model.path))
     for name in missing:
         table.add_row(name, "", Text(f"not here: apiary models pull {name}", style="dim"))
-    console.out.print(table)
+    console.table(table)
 
 
 class _Report:

@@ -137,9 +137,10 @@ def serve(
     """
     flags = {name: value for name, value in context.params.items() if name != "config"}
     with server_extra():
-        from apiary_server.settings import Settings
         from pydantic import ValidationError
         from pydantic_settings import SettingsError
+
+        from apiary_server.settings import Settings
 
         try:
             settings = Settings.load(config=config, **flags)

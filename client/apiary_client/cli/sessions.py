@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from apiary_client.cli import console
@@ -36,9 +36,12 @@ def list_(
     if json:
         console.write(console.json_text(sessions) + "\n")
         return
-    table = Table("session", "state", "policy")
+    if not sessions:
+        console.out.print("no sessions")
+        return
+    table = Table(Column("session", overflow="fold"), "state", Column("policy", overflow="fold"))
     for heading in ("turns", "tokens", "cache / bound", "bytes", "expires"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for session in sessions:
         table.add_row(
             session.id,
@@ -50,7 +53,7 @@ def list_(
             decimal(session.cache.bytes),
             _when(session.expire_time),
         )
-    console.out.print(table if sessions else "no sessions")
+    console.table(table)
 
 
 @app.command(epilog=console.examples("apiary sessions show work", "apiary sessions show work --json"))
@@ -68,7 +71,7 @@ def show(
     if json:
         console.write(console.json_text(session) + "\n")
     else:
-        console.out.print(details(session))
+        console.table(details(session))
 
 
 @app.command(epilog=console.examples("apiary sessions delete work"))
@@ -107,4 +110,4 @@ def details(session: Session) -> Table:
 
 
 def _when(time: datetime | None) -> str:
-    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S") if time else "never"
+    return time.astimezone().strftime("%Y-%m-%d %H:%M") if time else "never"

@@ -42,7 +42,7 @@ def run(conversation: Conversation, target: str) -> None:
                 case "/help":
                     console.out.print(_HELP)
                 case "/info":
-                    console.out.print(sessions.details(conversation.client.get_session(conversation.session)))
+                    console.table(sessions.details(conversation.client.get_session(conversation.session)))
                 case _ if line.startswith("/"):
                     console.out.print(f"no command {line.split()[0]}; /help lists them")
                 case _:

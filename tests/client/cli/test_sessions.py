@@ -1,0 +1,71 @@
+"""`apiary sessions`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from apiary_client import Client
+
+from ..conftest import Run
+from ..fake_worker import FakeWorker
+
+
+@pytest.fixture
+def two(client: Client) -> None:
+    """Create two sessions."""
+    client.create_session("alpha", labels={"team": "bees [bold]"})
+    client.create_session("beta", policy="buzz(window=300,stride=3)")
+
+
+@pytest.mark.usefixtures("two")
+def test_list_is_a_table_for_people(apiary: Run) -> None:
+    done = apiary("sessions", "list")
+    assert (done.returncode, done.stderr) == (0, "")
+    (row,) = (line for line in done.stdout.splitlines() if "beta" in line)
+    assert all(
+        part in row for part in ("empty", "buzz(window=300,stride=3)", "10 / 564", "1.0 MB", "2026-03-0")
+    )
+
+
+@pytest.mark.usefixtures("two")
+def test_list_is_json_for_programs(apiary: Run) -> None:
+    alpha, beta = json.loads(apiary("sessions", "list", "--json").stdout)
+    assert (alpha["name"], beta["name"]) == ("sessions/alpha", "sessions/beta")
+    assert alpha["create_time"] == "2026-03-01T12:30:00+00:00"
+    assert (alpha["update_time"], alpha["state"]) == (None, "empty")
+    assert alpha["cache"] == {"entries": 10, "bound": 564, "bytes": 2**20}
+
+
+def test_an_empty_list_says_so(apiary: Run) -> None:
+    assert apiary("sessions", "list").stdout == "no sessions\n"
+    assert json.loads(apiary("sessions", "list", "--json").stdout) == []
+
+
+@pytest.mark.usefixtures("two")
+def test_show(apiary: Run) -> None:
+    said = apiary("sessions", "show", "alpha").stdout
+    assert "sessions/alpha" in said
+    assert "team=bees [bold]" in said
+    assert json.loads(apiary("sessions", "show", "sessions/alpha", "--json").stdout)["labels"] == {
+        "team": "bees [bold]"
+    }
+
+
+def test_a_missing_session_is_told(apiary: Run) -> None:
+    done = apiary("sessions", "show", "nobody")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: no session 'sessions/nobody' (`apiary sessions list` shows yours)\n"
+
+
+@pytest.mark.usefixtures("two")
+def test_delete(apiary: Run, worker: FakeWorker) -> None:
+    done = apiary("sessions", "delete", "alpha", "sessions/beta")
+    assert (done.returncode, worker.sessions) == (0, {})
+    assert apiary("sessions", "delete", "alpha").returncode == 1
+
+
+def test_a_long_name_is_shown_whole(apiary: Run, client: Client) -> None:
+    client.create_session("a" * 63)
+    assert "a" * 63 in apiary("sessions", "list", COLUMNS="80").stdout.replace("\n", "")
