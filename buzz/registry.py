@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, is_dataclass
+from inspect import isabstract
 from typing import TypeVar
 
 from buzz.policies.buzz import Buzz
@@ -26,11 +27,12 @@ def register(policy: _P) -> _P:
     """Make a policy known by its `name`; usable as a class decorator.
 
     Raises:
-        PolicyError: it is no frozen dataclass derived from `Policy`, or its name is malformed or taken.
+        PolicyError: it is no complete dataclass derived from `Policy`, or its name is malformed or taken.
     """
-    if not (isinstance(policy, type) and issubclass(policy, Policy) and is_dataclass(policy)):
-        raise PolicyError(f"{policy!r} is not a dataclass derived from buzz.Policy")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", getattr(policy, "name", "")):
+    derived = isinstance(policy, type) and issubclass(policy, Policy) and is_dataclass(policy)
+    if not derived or isabstract(policy):
+        raise PolicyError(f"{policy!r} is not a complete dataclass derived from buzz.Policy")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", str(getattr(policy, "name", ""))):
         raise PolicyError(f"{policy.__name__} needs a name of lower-case letters, digits and _")
     if _policies.setdefault(policy.name, policy) is not policy:
         raise PolicyError(

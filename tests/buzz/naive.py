@@ -96,9 +96,9 @@ class Session:
                         logits *= max(1.0, math.log(len(entries)) / math.log(self.rule.log_n))
                     weights = np.exp(logits - logits.max())
                     weights /= weights.sum()
-                    for entry, weight in zip(entries, weights, strict=True):
-                        entry.score += float(weight)
-                        output[layer, h * self.group + g] += weight * entry.value
+                    output[layer, h * self.group + g] = weights @ np.stack([entry.value for entry in entries])
+                    for entry, weight in zip(entries, weights.tolist(), strict=True):
+                        entry.score += weight
         self.seen += 1
         return output
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from buzz import H2O, Buffers, Buzz, Cache, Compaction, Full, Policy, Rotary, Streaming, parse
+from buzz import Buffers, Cache, Compaction, Full, Policy, Rotary, Streaming, parse
 from tests.buzz.driver import Driver, Shape, assert_same
+from tests.buzz.strategies import policies
 
 SMALL = "buzz(sink=4,window=16,threshold=40,stride=5)"
 
@@ -103,33 +104,6 @@ def test_original_positions_hold_until_the_changeover() -> None:
     assert_same(driver, oracle)
 
 
-modes = st.sampled_from(["in_cache", "original"])
-buzzes = st.builds(
-    Buzz,
-    sink=st.integers(0, 6),
-    window=st.integers(0, 12),
-    threshold=st.integers(1, 20),
-    stride=st.integers(3, 8),
-    local_max=st.booleans(),
-    accumulate=st.booleans(),
-    log_n=st.none() | st.integers(2, 30),
-    positions=modes,
-)
-h2os = st.integers(1, 12).flatmap(
-    lambda heavy: st.builds(
-        H2O, heavy=st.just(heavy), recent=st.integers(0, 8), block=st.integers(1, heavy), positions=modes
-    )
-)
-streamings = st.integers(1, 12).flatmap(
-    lambda window: st.builds(
-        Streaming,
-        sink=st.integers(0, 5),
-        window=st.just(window),
-        block=st.integers(1, window),
-        positions=modes,
-    )
-)
-policies = buzzes | h2os | streamings | st.builds(Full, bound=st.just(200), positions=modes)
 cuttings = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=8)
 
 
