@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -121,7 +121,4 @@ def _resume(client: Client, name: str, policy: str | None) -> Session:
 def _pipe(conversation: Conversation) -> None:
     for line in sys.stdin:
         if text := line.strip():
-            with closing(conversation.ask(text)) as deltas:
-                for delta in deltas:
-                    console.write(delta.text)
-            console.write("\n")
+            console.answer(conversation.ask(text))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from enum import Enum
@@ -16,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from apiary_client import errors
+from apiary_client.types import Delta, Usage
 
 # Names and texts from outside are printed as they are: no markup.
 out = Console(highlight=False, markup=False, emoji=False)
@@ -24,9 +27,25 @@ err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def write(text: str) -> None:
-    """Print a piece of an answer as it is, at once."""
+    """Print text as it is, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def answer(deltas: Generator[Delta]) -> Usage | None:
+    """Print an answer as it comes and return what it cost; whatever ends it, its line is ended too."""
+    usage = None
+    begun = False
+    with closing(deltas):
+        try:
+            for delta in deltas:
+                begun = True
+                write(delta.text)
+                usage = delta.usage
+        finally:
+            if begun:
+                write("\n")
+    return usage
 
 
 def table(rows: Table) -> None:

@@ -91,9 +91,7 @@ def generate(
             opening = [Message("system", system)] if system is not None else []
             messages = [*opening, Message("user", text)]
         if json:
-            answer = client.generate(messages, timeout=timeout, **options)
-            console.write(console.json_text(answer) + "\n")
-            return
-        for delta in client.stream(messages, timeout=timeout, **options):
-            console.write(delta.text)
-        console.write("\n")
+            whole = client.generate(messages, timeout=timeout, **options)
+            console.write(console.json_text(whole) + "\n")
+        else:
+            console.answer(client.stream(messages, timeout=timeout, **options))

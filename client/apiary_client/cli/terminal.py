@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from contextlib import closing, suppress
+from contextlib import suppress
 
 from rich.text import Text
 
@@ -52,34 +51,20 @@ def run(conversation: Conversation, target: str) -> None:
 
 
 def _turn(conversation: Conversation, text: str) -> None:
-    asked = time.monotonic()
-    first = None
-    usage = None
     try:
-        with closing(conversation.ask(text)) as deltas:
-            for delta in deltas:
-                if first is None and delta.token_ids:
-                    first = time.monotonic() - asked
-                console.write(delta.text)
-                usage = delta.usage
+        usage = console.answer(conversation.ask(text))
     except KeyboardInterrupt:
-        console.write("\n")
         console.note("cancelled; the session is as before this turn")
-        return
-    except ApiaryError:
-        console.write("\n")
-        raise
-    console.write("\n")
-    if usage is not None:
-        console.note(_cost(usage, first))
+    else:
+        if usage is not None:
+            console.note(_cost(usage))
 
 
-def _cost(usage: Usage, first: float | None) -> str:
+def _cost(usage: Usage) -> str:
     parts = [f"{usage.completion_tokens} tokens"]
     if usage.decode_time > 0 and usage.completion_tokens > 1:
         parts.append(f"{(usage.completion_tokens - 1) / usage.decode_time:.1f} tokens/s")
-    if first is not None:
-        parts.append(f"first after {first:.2f} s")
+    parts.append(f"first after {usage.queue_time + usage.prefill_time:.2f} s")
     parts.append(f"{usage.cached_tokens} tokens of history not computed again")
     if usage.rebuild_reason is not None:
         parts.append(f"cache rebuilt: {usage.rebuild_reason}")

@@ -56,7 +56,7 @@ def test_the_system_message_opens_the_session(apiary: Run, worker: FakeWorker) -
 def test_a_failed_turn_ends_the_pipe(process: Run, worker: FakeWorker) -> None:
     done = process("chat", stdin="one\nfail QUEUE_FULL\nthree\n")
     assert done.returncode == 1
-    assert done.stdout == "turn 1: one\nturn"
+    assert done.stdout == "turn 1: one\nturn\n"
     assert done.stderr == "error: it was QUEUE_FULL (try again in 1.5 s)\n"
     assert worker.sessions == {}
 
