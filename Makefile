@@ -25,7 +25,7 @@ $(stamp): pyproject.toml scripts/setup.sh
 
 .PHONY: model
 model: $(stamp) ## Fetch and convert the model MODEL (default smollm2-135m), once
-	@[ -d "$(MODEL)" ] || $(bin)/apiary models pull $(MODEL) >&2 </dev/null
+	@[ -d "$(MODEL)" ] || $(bin)/apiary models pull $(MODEL) </dev/null >/dev/null
 
 .PHONY: chat
 chat: model ## Start a worker and chat with it here; lines piped to stdin are turns; flags in ARGS

@@ -32,15 +32,15 @@ def main(model: str, *arguments: str) -> int:
     ):
         address = worker.wait_until_ready()
         if address is None:
-            _say("the worker did not start; the end of its log:")
-            sys.stderr.writelines(worker.log())
+            worker.show_log("the worker did not start")
             return 1
         # Ctrl-C belongs to the chat, in which it ends an answer. A handler, unlike SIG_IGN, is not inherited.
         signal.signal(signal.SIGINT, lambda *_: None)
         code = _chat(address, arguments)
         if worker.process.poll() is not None:
-            _say(f"the worker ended by itself ({worker.process.returncode}); the end of its log:")
-            sys.stderr.writelines(worker.log())
+            worker.show_log(f"the worker ended by itself, with {worker.process.returncode}")
+        elif 0 < code < 128:
+            worker.show_log("the chat failed")
         return code
 
 
@@ -68,9 +68,10 @@ class Worker:
             time.sleep(0.05)
         return None
 
-    def log(self) -> list[str]:
-        """The last lines that it logged."""
-        return self._log.read_text(errors="replace").splitlines(keepends=True)[-LOG_LINES:]
+    def show_log(self, why: str) -> None:
+        """Say why, and show the last lines that it logged."""
+        _say(f"{why}; the end of the worker's log:")
+        sys.stderr.writelines(self._log.read_text(errors="replace").splitlines(keepends=True)[-LOG_LINES:])
 
     def __enter__(self) -> Worker:
         return self

@@ -26,7 +26,7 @@ find_python() {
 
 # Show only what is worth waiting for: large downloads, and the long silence while files are laid out.
 progress() {
-    awk '/^ *(Downloading|Processing|Using cached) .*(MB|\.whl)/ && /MB|torch/ { sub(/^ */, ""); print "setup:   " $0; fflush() }
+    awk '/^ *(Downloading|Processing|Using cached) .*(MB\)|\/torch-)/ { sub(/^ */, ""); print "setup:   " $0; fflush() }
          /^Installing collected packages/ { print "setup:   unpacking " NF - 3 " packages"; fflush() }'
 }
 
