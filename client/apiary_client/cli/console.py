@@ -85,6 +85,8 @@ def _hint(error: errors.ApiaryError, target: str) -> str | None:
             return "choose another name"
         case errors.SessionBusy():
             return "wait until its other turn ends"
+        case errors.DeadlineExceeded():
+            return "allow it more with --timeout"
         case errors.MethodNotImplemented(reason=None):
             return f"is {target} an Apiary worker?"
     if error.retry_after is not None:
