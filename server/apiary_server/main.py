@@ -9,16 +9,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import structlog
 
 from apiary_server import logs, telemetry
-from apiary_server.engine.engine import Engine
+from apiary_server.engine.result import Observer
 from apiary_server.errors import ApiaryError
 from apiary_server.rpc.app import App, check_address
 from apiary_server.settings import Settings
-from apiary_server.worker import build
+
+if TYPE_CHECKING:
+    from apiary_server.engine.engine import Engine
 
 EXIT_UNHEALTHY = 70  # EX_SOFTWARE: a supervisor should start another
 _UNHEALTHY_NOTICE = 1.0  # seconds in which health checks can see NOT_SERVING before the process ends
@@ -45,13 +47,19 @@ def serve(settings: Settings) -> None:
     try:
         with _start_up():
             _say(f"loading {settings.model}", sys.stderr)
-            engine = build(settings, observer)
+            engine = _build(settings, observer)
         observer.watch(engine.capacity)
         if observer.metrics_port is not None:
             log.info("metrics can be scraped", port=observer.metrics_port)
         asyncio.run(_serve(engine, settings))
     finally:
         observer.shutdown()
+
+
+def _build(settings: Settings, observer: Observer) -> Engine:
+    from apiary_server.worker import build  # here, since torch takes seconds: the first line is out by now
+
+    return build(settings, observer)
 
 
 async def _serve(engine: Engine, settings: Settings) -> None:

@@ -216,7 +216,12 @@ def build(settings: Settings) -> Telemetry:
         readers.append(PrometheusMetricReader(registry=registry, scope_info_enabled=False))
         # as near or far as the service itself can be reached
         host = settings.listen.rpartition(":")[0].strip("[]")
-        server, _ = start_http_server(settings.metrics_port, host, registry)
+        try:
+            server, _ = start_http_server(settings.metrics_port, host, registry)
+        except OSError as error:
+            raise OSError(
+                f"cannot serve metrics on {host}:{settings.metrics_port}: {error.strerror or error}"
+            ) from error
     tracers = TracerProvider(resource=resource, shutdown_on_exit=False)
     if settings.otlp_endpoint is not None:
         insecure = not settings.otlp_endpoint.startswith("https://")

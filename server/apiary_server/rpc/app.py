@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc import aio
@@ -14,12 +15,14 @@ from apiary.v1 import generation_pb2, model_pb2, session_pb2
 from apiary.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from apiary.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from apiary.v1.session_pb2_grpc import add_SessionServiceServicer_to_server
-from apiary_server.engine.engine import Engine
 from apiary_server.rpc.generation import GenerationService
 from apiary_server.rpc.interceptors import CallInterceptor
 from apiary_server.rpc.models import ModelService
 from apiary_server.rpc.sessions import SessionService
 from apiary_server.settings import Settings
+
+if TYPE_CHECKING:
+    from apiary_server.engine.engine import Engine
 
 SERVICES = tuple(
     file.services_by_name[name].full_name

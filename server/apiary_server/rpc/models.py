@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from apiary.v1 import model_pb2 as pb
 from apiary.v1.model_pb2_grpc import ModelServiceServicer
-from apiary_server.engine.engine import Engine
 from apiary_server.rpc.caller import Context, caller
 from apiary_server.rpc.convert import incoming, outgoing
+
+if TYPE_CHECKING:
+    from apiary_server.engine.engine import Engine
 
 
 class ModelService(ModelServiceServicer):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from google.protobuf.empty_pb2 import Empty
 
 from apiary.v1 import session_pb2 as pb
 from apiary.v1.session_pb2_grpc import SessionServiceServicer
-from apiary_server.engine.engine import Engine
 from apiary_server.errors import MethodNotImplemented
 from apiary_server.rpc.caller import Context, caller
 from apiary_server.rpc.convert import incoming, outgoing
+
+if TYPE_CHECKING:
+    from apiary_server.engine.engine import Engine
 
 
 class SessionService(SessionServiceServicer):

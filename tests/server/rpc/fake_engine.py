@@ -13,7 +13,6 @@ from apiary_server.engine.delivery import Delivery, TokenStream
 from apiary_server.engine.request import Messages, Text, TokenIds, TurnRequest
 from apiary_server.engine.result import Capacity, Delta, FinishReason, ModelInfo, TokenLogprob, Usage
 from apiary_server.sessions.info import SessionInfo, State
-from buzz import PolicyError, parse
 
 VOCABULARY = 49_152
 
@@ -67,6 +66,7 @@ class FakeEngine:
         self.opening = threading.Event()  # `open` was called
         self.dropped = threading.Event()  # an answer found its stream closed
         self.calls: list[str] = []
+        self.running = 0
 
     def start(self) -> None:
         self.calls.append("start")
@@ -77,6 +77,12 @@ class FakeEngine:
 
     def stop(self, grace: float) -> None:
         self.calls.append(f"stop({grace})")
+        deadline = time.monotonic() + grace
+        while self.running and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.failure = errors.Draining("the worker is shutting down", retry_after=1.5)
+        while self.running:
+            time.sleep(0.01)
 
     def open(self, request: TurnRequest, stream: TokenStream) -> None:
         self.opening.set()
@@ -87,6 +93,7 @@ class FakeEngine:
         if request.session is not None:
             self.sessions.begin(request.tenant, request.session)
         self.requests.append(request)
+        self.running += 1
         threading.Thread(target=self._answer, args=(request, stream), daemon=True).start()
 
     def tokenize(self, input: Text | Messages) -> list[int]:
@@ -134,7 +141,7 @@ class FakeEngine:
             if stream.closed:
                 self.dropped.set()
                 break
-            if self.failure is not None and place == 1:
+            if self.failure is not None and place > 0:
                 delivery.send(stream, self.failure)
                 delivery.flush()
                 break
@@ -146,6 +153,7 @@ class FakeEngine:
             delivery.flush()
         if request.session is not None:
             self.sessions.end(request.tenant, request.session)
+        self.running -= 1
 
 
 class FakeSessions:
@@ -213,6 +221,8 @@ class FakeSessions:
 
 def check_policy(spec: str) -> str:
     """The policy's full spec, or the error that the worker has for a bad one."""
+    from buzz import PolicyError, parse  # with torch, which takes seconds that most processes need not spend
+
     try:
         return str(parse(spec))
     except PolicyError as error:
