@@ -84,7 +84,7 @@ class Wheel:
                 raise
         wheels = list(directory.glob("*.whl"))
         if pip.returncode != 0 or len(wheels) != 1:
-            reason = (complaints.strip() or "it gave no reason").splitlines()[-1]
+            reason = (complaints.strip() or "it gave no reason").splitlines()[-1].removeprefix("ERROR: ")
             raise WheelError(
                 f"pip could not download {requirement} ({reason}): check the network and pip's index settings"
             )
