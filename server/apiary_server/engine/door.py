@@ -50,7 +50,7 @@ class Door:
         if request.session is None:
             session = self._sessions.one_shot(request.tenant, request.policy)
         else:
-            session = self._sessions.begin_turn(request.tenant, request.session)
+            session = self._sessions.begin_turn(request.tenant, request.session, lambda: stream.closed)
         try:
             return self._turn(request, stream, session)
         except BaseException:

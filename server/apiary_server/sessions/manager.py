@@ -14,6 +14,8 @@ from apiary_server.sessions.pool import SlotLayout
 from apiary_server.sessions.session import Session, TurnRecord
 from buzz import Policy
 
+_ROLLBACK_WAIT = 10.0  # seconds; a rollback takes one step
+
 
 def resource_name(id: str) -> str:
     """`sessions/{id}`."""
@@ -36,7 +38,7 @@ class SessionManager:
         self._layout = layout
         self._default_ttl = default_ttl
         self._limit = limit
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._sessions: dict[tuple[str, str], Session] = {}
 
     def __len__(self) -> int:
@@ -118,8 +120,10 @@ class SessionManager:
         chosen, layout = self._layout(policy)
         return Session(id="", tenant=tenant, policy=chosen, layout=layout, busy=True)
 
-    def begin_turn(self, tenant: str, id: str) -> Session:
+    def begin_turn(self, tenant: str, id: str, abandoned: Callable[[], bool] = lambda: False) -> Session:
         """Mark the session's turn as in flight.
+
+        Where the turn in flight is `abandoned`, that is, cancelled but not yet rolled back, waits for its end.
 
         Raises:
             SessionNotFound: unknown, expired or another tenant's.
@@ -127,9 +131,11 @@ class SessionManager:
         """
         with self._lock:
             session = self._find(tenant, id)
+            self._lock.wait_for(lambda: not (session.busy and session.abandoned()), _ROLLBACK_WAIT)
+            session = self._find(tenant, id)
             if session.busy:
                 raise SessionBusy(f"{resource_name(id)} has a turn in flight; wait for it or cancel it")
-            session.busy = True
+            session.busy, session.abandoned = True, abandoned
             return session
 
     def end_turn(
@@ -138,6 +144,7 @@ class SessionManager:
         """The turn is over: `record` and the tokens that it appended if it committed, None if it did not."""
         with self._lock:
             session.busy = False
+            self._lock.notify_all()
             if record is None:
                 return
             session.transcript.extend(tokens)

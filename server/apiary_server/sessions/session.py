@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -45,6 +45,7 @@ class Session:
     transcript: array[int] = field(default_factory=lambda: array("I"))
     turns: list[TurnRecord] = field(default_factory=list)
     busy: bool = False
+    abandoned: Callable[[], bool] = lambda: False  # whether the turn in flight has lost its reader
     deleted: bool = False
 
     cache: Cache | None = None
