@@ -55,24 +55,28 @@ def _wrap(method: str, handler: Handler) -> Handler:
     )
     parse: Callable[[bytes], Any] = handler.request_deserializer  # type: ignore[assignment]
 
-    async def serve(raw: AsyncIterator[bytes], context: Context) -> None:
-        try:
-            requests = _parsed(raw, parse)
-            argument = requests if handler.request_streaming else await _first(requests)
-            if inspect.isasyncgenfunction(behaviour):
-                # closed here, on every way out: a generator that is left behind is closed whenever
-                # garbage collection comes by
-                async with contextlib.aclosing(behaviour(argument, context)) as responses:
-                    async for response in responses:
-                        await context.write(response)
-            else:
-                response = await behaviour(argument, context)
-                if not handler.response_streaming:
+    async def answer(raw: AsyncIterator[bytes], context: Context) -> None:
+        requests = _parsed(raw, parse)
+        argument = requests if handler.request_streaming else await _first(requests)
+        if inspect.isasyncgenfunction(behaviour):
+            # closed here, on every way out: a generator that is left behind is closed whenever garbage
+            # collection comes by
+            async with contextlib.aclosing(behaviour(argument, context)) as responses:
+                async for response in responses:
                     await context.write(response)
-        except aio.AbortError:
-            raise
-        except Exception as error:
-            await _abort(method, error, context)
+        else:
+            response = await behaviour(argument, context)
+            if not handler.response_streaming:
+                await context.write(response)
+
+    async def serve(raw: AsyncIterator[bytes], context: Context) -> None:
+        with contextlib.suppress(aio.InternalError):  # gRPC's word for answering a caller that has left
+            try:
+                await answer(raw, context)
+            except (aio.AbortError, aio.InternalError):
+                raise
+            except Exception as error:
+                await _abort(method, error, context)
 
     return grpc.stream_stream_rpc_method_handler(
         serve,
@@ -104,8 +108,6 @@ async def _first(requests: AsyncIterator[Any]) -> Any:
 
 async def _abort(method: str, error: Exception, context: Context) -> None:
     known = error if isinstance(error, ApiaryError) and is_known(error) else _incident(method, error)
-    if context.done():  # the caller has left: nobody to tell
-        return
     status = to_status(known)
     log.debug("call refused", method=method, code=status.code.name, error=type(known).__name__)
     await context.abort_with_status(status)

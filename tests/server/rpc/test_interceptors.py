@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
@@ -9,12 +10,14 @@ import grpc
 import pytest
 import structlog
 
+from apiary_server.errors import SessionBusy
 from apiary_server.rpc.caller import Context
 from apiary_server.rpc.interceptors import CallInterceptor
 
 from .answers import ask
 
 SECRET = "my prompt"
+SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 16_384), ("grpc.http2.bdp_probe", 0)]
 
 
 class _NotOurs(Exception):
@@ -53,6 +56,19 @@ async def _abort(request: bytes, context: Context) -> bytes:
     await context.abort(grpc.StatusCode.DATA_LOSS, "its own word")
 
 
+async def _flood(request: bytes, context: Context) -> AsyncIterator[bytes]:
+    while True:
+        yield b"x" * 10_000
+
+
+async def _late(request: bytes, context: Context) -> bytes:
+    try:
+        await asyncio.sleep(10)
+    except asyncio.CancelledError:
+        raise SessionBusy("after the caller has left") from None
+    return b""
+
+
 def _same(data: bytes) -> bytes:
     return data
 
@@ -68,13 +84,15 @@ async def channel() -> AsyncIterator[grpc.aio.Channel]:
         "Each": grpc.stream_stream_rpc_method_handler(_each, _same, _same),
         "Fail": grpc.unary_unary_rpc_method_handler(_fail, _same, _same),
         "Abort": grpc.unary_unary_rpc_method_handler(_abort, _same, _same),
+        "Flood": grpc.unary_stream_rpc_method_handler(_flood, _same, _same),
+        "Late": grpc.unary_unary_rpc_method_handler(_late, _same, _same),
         "Unsendable": grpc.unary_unary_rpc_method_handler(_echo, _same, len),
     }
     server = grpc.aio.server(interceptors=[CallInterceptor()])
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.B", shapes),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as connected:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", SMALL_WINDOW) as connected:
         yield connected
     await server.stop(0)
 
@@ -134,6 +152,19 @@ async def test_a_fault_of_ours(
     assert logged["method"] == f"/a.B/{method}"
     assert frame in logged["frames"]
     assert SECRET not in str(logged)
+
+
+@pytest.mark.parametrize("method", ["Flood", "Late"])
+async def test_a_caller_that_leaves_is_no_fault_of_ours(
+    channel: grpc.aio.Channel, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    with structlog.testing.capture_logs() as logs:
+        call = channel.unary_stream(f"/a.B/{method}")(b"")
+        await asyncio.sleep(0.3)  # by now a flood has filled the window, and its write waits
+        assert call.cancel()
+        await asyncio.sleep(0.3)
+    assert {one["log_level"] for one in logs} <= {"debug"}
+    assert not caplog.records
 
 
 async def test_unknown_methods_are_not_remembered() -> None:
