@@ -28,8 +28,8 @@ model: $(stamp) ## Fetch and convert the model MODEL (default smollm2-135m), onc
 	@[ -d "$(MODEL)" ] || $(bin)/apiary models pull $(MODEL) </dev/null >/dev/null
 
 .PHONY: chat
-chat: model ## Start a worker and chat with it here; lines piped to stdin are turns; flags in ARGS
-	@$(bin)/python scripts/chat.py $(MODEL) $(ARGS)
+chat: model ## Start a worker and chat with it here (answers of up to 256 tokens); lines piped to stdin are turns; flags in ARGS
+	@$(bin)/python scripts/chat.py $(MODEL) --max-tokens 256 $(ARGS)
 
 .PHONY: serve
 serve: model ## Start a worker on 127.0.0.1:50051; flags in ARGS
