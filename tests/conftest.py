@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from apiary_server.model import catalog
+
+torch.set_num_threads(1)  # tiny products gain nothing from more, and lose much on a busy machine
 
 
 @pytest.fixture(scope="session")

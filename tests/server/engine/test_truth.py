@@ -35,13 +35,12 @@ TOKENS = 64
 
 @pytest.fixture(scope="module")
 def engine(default_model: Path) -> Engine:
-    return build(Settings.load(model=str(default_model), threads=2, policy="buzz", cache_budget="1GiB"))
+    return build(Settings.load(model=str(default_model), threads=1, policy="buzz", cache_budget="1GiB"))
 
 
 @pytest.fixture(scope="module")
 def expected(default_model: Path) -> list[tuple[list[int], list[int]]]:
     """Prompt ids and greedy continuation of each prompt, by transformers alone."""
-    torch.set_num_threads(2)
     model = AutoModelForCausalLM.from_pretrained(default_model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(default_model)
     pairs = []

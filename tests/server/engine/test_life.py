@@ -1,0 +1,190 @@
+"""A session's life at random: create, turn, cancel at any moment, delete, expire. The budget always holds, a
+turn that did not commit leaves nothing, and when all sessions are gone so is their memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from apiary_server import errors
+from apiary_server.engine.engine import Engine
+from apiary_server.settings import Settings
+from apiary_server.worker import build
+from tests import tiny
+from tests.server.driver import Reader, create, request, same, session, state
+
+POLICIES = [
+    None,
+    "buzz(sink=0,window=0,threshold=9,stride=3)",
+    "buzz(sink=2,window=8,threshold=30,positions=original)",
+    "full(bound=90)",
+    "streaming(sink=2,window=20,block=4)",
+    "h2o(heavy=8,recent=8,block=3)",
+]
+WORKSPACE, SLOT = 77_824, 14_080
+
+
+class Life(RuleBasedStateMachine):
+    """Against a simple model: what each session's transcript must be."""
+
+    model: Path
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transcripts: dict[str, list[int]] = {}
+        self.running: list[tuple[str, list[int], Reader, dict[str, object]]] = []
+        self.number = 0
+
+    @initialize(slots=st.integers(4, 9), step_tokens=st.sampled_from([7, 64, 256]), running=st.integers(1, 6))
+    def start(self, slots: int, step_tokens: int, running: int) -> None:
+        self.engine: Engine = build(
+            Settings.load(
+                model=str(self.model),
+                policy="buzz(sink=2,window=8,threshold=20,stride=5)",
+                cache_budget=WORKSPACE + slots * SLOT,
+                parked_budget=4 * SLOT,
+                workspace_entries=256,
+                slack=16,
+                step_tokens=step_tokens,
+                max_running=running,
+                threads=1,
+            )
+        )
+
+    @rule(policy=st.sampled_from(POLICIES))
+    @precondition(lambda self: len(self.transcripts) < 12)
+    def create_session(self, policy: str | None) -> None:
+        self.number += 1
+        try:
+            self.transcripts[create(self.engine, f"s{self.number}", policy)] = []
+        except errors.InvalidField:
+            assert policy == "full(bound=90)", "the one whose slots may be too large"
+
+    @rule(data=st.data(), length=st.sampled_from([1, 5, 40, 120, 700]), tokens=st.integers(1, 40))
+    @precondition(lambda self: self.transcripts)
+    def turn(self, data: st.DataObject, length: int, tokens: int) -> None:
+        id = data.draw(st.sampled_from(sorted(self.transcripts)))
+        prompt = [3 + (i * 7) % 250 for i in range(length)]
+        before, busy = state(session(self.engine, id)), session(self.engine, id).busy
+        reader = Reader()
+        try:
+            self.engine.open(request(prompt, id, max_tokens=tokens), reader)
+        except errors.SessionBusy:
+            assert busy
+            return
+        except errors.ContextFull:
+            assert session(self.engine, id).policy.name == "full"
+            assert same(before, state(session(self.engine, id)))
+            return
+        assert not busy
+        self.running.append((id, prompt, reader, before))
+
+    @rule(count=st.integers(1, 30))
+    @precondition(lambda self: self.running)
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            if not self.running:
+                return
+            self.step()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.running)
+    def cancel(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.running))[2].close()
+        self.step()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.transcripts)
+    def delete(self, data: st.DataObject) -> None:
+        id = data.draw(st.sampled_from(sorted(self.transcripts)))
+        del self.transcripts[id]
+        self.engine.delete_session("default", id)
+        self.step()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.transcripts)
+    def expire(self, data: st.DataObject) -> None:
+        id = data.draw(st.sampled_from(sorted(self.transcripts)))
+        record = session(self.engine, id)
+        if not record.busy:
+            record.expire_time = 0.0
+            del self.transcripts[id]
+            self.engine._commands.put(lambda: None)  # an idle engine looks after half a second otherwise
+            self.step()
+            with pytest.raises(errors.SessionNotFound):
+                self.engine.sessions.get("default", id)
+
+    def step(self) -> None:
+        with torch.inference_mode():
+            self.engine.step()
+        still = []
+        for id, prompt, reader, before in self.running:
+            if not reader.ended:
+                still.append((id, prompt, reader, before))
+            elif id in self.transcripts and reader.error is None:
+                self.transcripts[id] += prompt + reader.token_ids
+            elif id in self.transcripts:
+                assert isinstance(reader.error, errors.Cancelled | errors.BudgetExhausted), reader.error
+                record = session(self.engine, id)
+                after = state(record)
+                if record.parked is None and "keys" in before:
+                    assert same(before, after), "a turn that did not commit left a trace"
+        self.running = still
+
+    @invariant()
+    def the_budget_holds(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        capacity = self.engine.capacity()
+        assert capacity.used_bytes <= capacity.peak_bytes <= capacity.budget_bytes
+        assert capacity.parked_bytes <= capacity.parked_budget_bytes
+        self.engine._residency.check_integrity()
+
+    @invariant()
+    def transcripts_agree_and_bounds_hold(self) -> None:
+        busy = {id for id, *_ in self.running}
+        for id, transcript in self.transcripts.items():
+            record = session(self.engine, id)
+            assert record.transcript.tolist() == transcript
+            if record.cache is not None and id not in busy:
+                assert record.cache.n <= record.policy.bound
+                assert len(record.pending) <= 1
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(5000):
+            if not self.running:
+                break
+            self.step()
+        assert not self.running
+        for id in list(self.transcripts):
+            self.engine.delete_session("default", id)
+        self.engine._commands.put(lambda: None)
+        with torch.inference_mode():
+            self.engine.step()
+        assert self.engine._residency.pool.leased_bytes == 0
+        assert self.engine.capacity().parked_bytes == 0
+
+
+@pytest.mark.timeout(300)
+def test_a_session_s_life(tmp_path_factory: pytest.TempPathFactory) -> None:
+    Life.model = tiny.save(tmp_path_factory.mktemp("life"))
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        Life,
+        settings=settings(
+            max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
