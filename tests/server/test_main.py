@@ -35,14 +35,8 @@ class Worker:
     """A started worker and a channel to it."""
 
     def __init__(self, count: int, pace: float, grace: float) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.server.fake_worker_process",
-            str(count),
-            str(pace),
-            str(grace),
-        ]
+        module = "tests.server.fake_worker_process"
+        command = [sys.executable, "-m", module, str(count), str(pace), str(grace)]
         root = Path(__file__).parents[2]
         self.process = subprocess.Popen(
             command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -79,7 +73,7 @@ def start() -> Iterator[Callable[[int, float, float], Worker]]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(start: Callable[..., Worker], number: signal.Signals) -> None:
     worker = start(20, 0.1, 10.0)
-    watch = worker.health.Watch(health_pb2.HealthCheckRequest())
+    watch = worker.health.Watch(health_pb2.HealthCheckRequest(), timeout=30)
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     running = worker.stub.StreamGenerate(HI)
     answer = next(running).text
@@ -109,26 +103,29 @@ def test_turns_that_outlast_the_grace_end_with_an_error(start: Callable[..., Wor
 
 def test_a_second_signal_ends_it_at_once(start: Callable[..., Worker]) -> None:
     worker = start(10_000, 0.05, 60.0)
-    watch = worker.health.Watch(health_pb2.HealthCheckRequest())
+    watch = worker.health.Watch(health_pb2.HealthCheckRequest(), timeout=30)
     next(watch)
-    next(worker.stub.StreamGenerate(HI))
+    running = worker.stub.StreamGenerate(HI)
+    next(running)
     worker.process.send_signal(signal.SIGTERM)
     assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
     began = time.monotonic()
     worker.process.send_signal(signal.SIGTERM)
     assert worker.end()[0] == 128 + signal.SIGTERM
     assert time.monotonic() - began < 5
+    assert running.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_a_broken_engine_ends_it(start: Callable[..., Worker]) -> None:
     worker = start(10_000, 0.05, 60.0)
-    watch = worker.health.Watch(health_pb2.HealthCheckRequest())
+    watch = worker.health.Watch(health_pb2.HealthCheckRequest(), timeout=30)
     next(watch)
-    worker.stub.StreamGenerate(generation_pb2.GenerateRequest(text="hi", policy="break"))
+    breaking = worker.stub.StreamGenerate(generation_pb2.GenerateRequest(text="hi", policy="break"))
     assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
     code, _, logs = worker.end()
     assert code == main.EXIT_UNHEALTHY == 70
     assert logs[0]["level"] == "critical"
+    assert breaking.code() is not grpc.StatusCode.OK
 
 
 @pytest.fixture
