@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from apiary.v1.error_reason_pb2 import ErrorReason

@@ -123,7 +123,7 @@ class SessionManager:
     def begin_turn(self, tenant: str, id: str, abandoned: Callable[[], bool] = lambda: False) -> Session:
         """Mark the session's turn as in flight.
 
-        Where the turn in flight is `abandoned`, that is, cancelled but not yet rolled back, waits for its end.
+        Where another turn in flight is `abandoned` (cancelled, not yet rolled back), waits for its end.
 
         Raises:
             SessionNotFound: unknown, expired or another tenant's.
