@@ -35,6 +35,10 @@ chat: model ## Start a worker and chat with it here (answers of up to 256 tokens
 serve: model ## Start a worker on 127.0.0.1:50051; flags in ARGS
 	@exec $(bin)/apiary serve --model $(MODEL) $(ARGS)
 
+.PHONY: bench
+bench: model ## Measure the bare engine's tokens per second; flags in ARGS (--help lists them)
+	@$(bin)/python benchmarks/engine.py --model $(MODEL) $(ARGS)
+
 .PHONY: test
 test: lint model ## Lint, type-check, and run all tests; pytest's arguments in ARGS
 	@$(bin)/python -m pytest $(ARGS)

@@ -99,7 +99,8 @@ class Door:
         if asked is not None and asked > most:
             raise InvalidField([("stopping.max_tokens", f"{asked} is more than this worker's {most}")])
         self.tokenizer.check(request.stopping.stop_token_ids, "stopping.stop_token_ids")
-        self.tokenizer.check(list(request.sampling.logit_bias), "sampling.logit_bias")
+        for id in request.sampling.logit_bias:
+            self.tokenizer.check([id], "sampling.logit_bias", first=id)
 
     def _input(self, request: TurnRequest, session: Session) -> Sequence[int]:
         input, first = request.input, not session.turns

@@ -56,19 +56,20 @@ class Tokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def check(self, ids: Sequence[int], field: str) -> None:
-        """Refuse ids that are not in the vocabulary.
+    def check(self, ids: Sequence[int], field: str, *, first: int = 0) -> None:
+        """Refuse ids that are not in the vocabulary; `first` is the index of the first in the field.
 
         Raises:
             InvalidField: with the place of the first such id.
         """
-        for place, id in enumerate(ids):
+        for place, id in enumerate(ids, first):
             if not 0 <= id < self.vocab_size:
                 why = f"{id} is not in the vocabulary of {self.vocab_size} tokens"
                 raise InvalidField([(f"{field}[{place}]", why)])
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
-        ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
+        # `encode` holds the interpreter's lock for as long as it takes, and with it all other streams
+        ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 
     def _rendered(self, messages: Sequence[Message], *, first: bool, open_reply: bool) -> str:
