@@ -1,8 +1,8 @@
 """Tokens per second of the bare engine, without gRPC: `make bench`.
 
-For each number of sessions: every session gets a prompt of the same length, then all decode together. Prefill is
-prompt tokens by the time until the last session has its first token; decode is the tokens after that by their
-time. Prints a table (stderr) and one JSON object (stdout).
+For each number of sessions two turns are timed. In the first every session takes a prompt and answers one
+token: prefill. In the second every session takes one token and answers many, all in the same steps: decode,
+counted from the last session's first token to the end. Prints a table (stderr) and a JSON object (stdout).
 """
 
 from __future__ import annotations
@@ -38,36 +38,40 @@ class Row:
     peak_bytes: int
 
 
+async def turn(engine: Engine, session: str, ids: tuple[int, ...], output: int) -> tuple[float, float]:
+    """Run one turn; returns when its first and its last token came."""
+    stopping = Stopping(max_tokens=output, ignore_eos=True)
+    stream = TokenStream(asyncio.get_running_loop(), capacity=output + 1, stall_limit=600)
+    engine.open(TurnRequest(input=TokenIds(ids=ids), session=session, stopping=stopping), stream)
+    times = [time.perf_counter() async for delta in stream if delta.token_ids]
+    return times[0], times[-1]
+
+
 async def measure(engine: Engine, sessions: int, prompt: int, output: int) -> Row:
-    """Run `sessions` one-shot turns at once."""
+    """Time `sessions` sessions that prefill together and decode together."""
     vocabulary = engine.model.vocab_size
-    firsts: list[float] = []
-
-    async def one(number: int) -> None:
-        ids = tuple((number * 7919 + place * 31) % vocabulary for place in range(prompt))
-        stopping = Stopping(max_tokens=output, ignore_eos=True)
-        stream = TokenStream(asyncio.get_running_loop(), capacity=output + 1, stall_limit=600)
-        engine.open(TurnRequest(input=TokenIds(ids=ids), stopping=stopping), stream)
-        received = 0
-        async for delta in stream:
-            if not received:
-                firsts.append(time.perf_counter())
-            received += len(delta.token_ids)
-        if received != output:
-            raise RuntimeError(f"{received} tokens came, not {output}: the row would be void")
-
+    names = [engine.sessions.create("default", None, None, None, None, {}).id for _ in range(sessions)]
+    prompts = [
+        tuple((number * 7919 + place * 31) % vocabulary for place in range(prompt))
+        for number in range(sessions)
+    ]
     began = time.perf_counter()
-    await asyncio.gather(*(one(number) for number in range(sessions)))
-    ended = time.perf_counter()
-    prefill, decode = max(firsts) - began, ended - max(firsts)
+    ends = await asyncio.gather(*(turn(engine, *each, 1) for each in zip(names, prompts, strict=True)))
+    prefill = max(last for _, last in ends) - began
+    ends = await asyncio.gather(*(turn(engine, name, (50,), output) for name in names))
+    decode = max(last for _, last in ends) - max(first for first, _ in ends)
+    peak = engine.capacity().peak_bytes
+    for name in names:
+        engine.delete_session("default", name).result()
+    tokens = sessions * (output - 1)
     return Row(
         sessions,
         prompt,
         output,
         sessions * prompt / prefill,
-        sessions * (output - 1) / decode,
+        tokens / decode,
         1000 * decode / (output - 1),
-        engine.capacity().peak_bytes,
+        peak,
     )
 
 
@@ -83,6 +87,9 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=64, help="tokens that each session generates")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 lets torch choose")
     parser.add_argument("--step-tokens", type=int, default=256)
+    parser.add_argument(
+        "--cache-budget", default="2GiB", help="two slots for each session, so that none waits"
+    )
     arguments = parser.parse_args()
     engine = build(
         Settings.load(
@@ -90,6 +97,7 @@ def main() -> None:
             policy=arguments.policy,
             threads=arguments.threads,
             step_tokens=arguments.step_tokens,
+            cache_budget=arguments.cache_budget,
         )
     )
     engine.start()
