@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,10 +24,18 @@ def parse_bytes(value: object) -> object:
     """Turn `1GiB`, `512MiB`, `2GB` or a plain number into bytes."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"{value!r} is not a size; write for example 512MiB or 1.5GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _loopback(host: str) -> bool:
+    """Whether only this machine can reach it. Other names than localhost may resolve to anything."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
@@ -34,7 +44,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 class Settings(BaseSettings):
     """The worker's settings. Sizes in bytes, times in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="APIARY_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="APIARY_", extra="forbid", frozen=True, allow_inf_nan=False)
 
     # where and what
     listen: str = "127.0.0.1:50051"
@@ -67,7 +77,9 @@ class Settings(BaseSettings):
         1024, ge=1, description="tokens that wait for a slow reader; then its turn pauses"
     )
     step_limit: float = Field(120.0, gt=0, description="a step that hangs this long ends the process")
-    session_ttl: float = Field(86_400.0, gt=0, description="sessions end this long after their last turn")
+    session_ttl: float = Field(
+        86_400.0, gt=0, le=100 * 365 * 86_400, description="sessions end this long after their last turn"
+    )
     drain_grace: float = Field(20.0, ge=0, description="time for running turns after SIGTERM")
 
     # what comes later is refused, not ignored
@@ -89,7 +101,7 @@ class Settings(BaseSettings):
     @classmethod
     def _address(cls, value: str) -> str:
         host, _, port = value.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65_535:
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
             raise ValueError(f"{value!r} is not HOST:PORT, for example 127.0.0.1:50051 or 0.0.0.0:50051")
         return value
 
@@ -105,9 +117,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name} is not implemented yet: leave it at {off or 'unset'}")
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             raise ValueError("tls_cert_file and tls_key_file go together")
-        host = self.listen.rpartition(":")[0].strip("[]")
-        loopback = host in {"localhost", "::1"} or host.startswith("127.")
-        if not loopback and not self.insecure and self.tls_cert_file is None:
+        if not _loopback(self.listen.rpartition(":")[0]) and not self.insecure and self.tls_cert_file is None:
             raise ValueError(
                 f"listen {self.listen} can be reached by others: set tls_cert_file and tls_key_file, "
                 "or --insecure to serve plaintext there"
@@ -120,6 +130,7 @@ class Settings(BaseSettings):
 
         Raises:
             pydantic.ValidationError: a value is malformed, unknown or out of range.
+            ValueError: `config` is not TOML.
             FileNotFoundError: `config` does not exist.
         """
         if config is not None and not config.is_file():
@@ -139,4 +150,7 @@ class Settings(BaseSettings):
                     sources if config is None else (*sources, TomlConfigSettingsSource(settings_cls, config))
                 )
 
-        return Loaded(**{name: value for name, value in flags.items() if value is not None})
+        try:
+            return Loaded(**{name: value for name, value in flags.items() if value is not None})
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{config} is not TOML: {error}") from error

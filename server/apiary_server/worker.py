@@ -74,18 +74,26 @@ def build(settings: Settings, observer: Observer | None = None) -> Engine:
     Raises:
         ModelUnavailable, UnservableModel: there is no such model, or it cannot be served.
         InvalidField: the default policy is malformed or does not fit.
-        ValueError: the cache budget is too small.
+        ValueError: torch has no such device, or the cache budget is too small, or more than there is.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device)
+    device = _device(settings.device)
     dtype, cache_dtype = getattr(torch, settings.dtype), getattr(torch, settings.cache_dtype)
     loaded = load(resolve(settings.model), device, dtype, cache_dtype)
     layouts = Layouts(loaded, settings)
     policy, layout = layouts(None)
-    pool = Pool(
-        loaded.geometry, settings.cache_budget, layout, settings.workspaces, layouts.workspace_entries, device
-    )
+    try:
+        pool = Pool(
+            loaded.geometry,
+            settings.cache_budget,
+            layout,
+            settings.workspaces,
+            layouts.workspace_entries,
+            device,
+        )
+    except RuntimeError as error:  # torch's way to say that there is not as much memory
+        raise ValueError(f"{device} has no {settings.cache_budget:,} bytes for the cache budget") from error
     layouts.pool = pool
     layouts(None)  # the default policy must fit the budget, too
     model = _info(settings, loaded, policy)
@@ -106,6 +114,14 @@ def build(settings: Settings, observer: Observer | None = None) -> Engine:
         ),
         observer=observer,
     )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
 
 
 def _info(settings: Settings, loaded: LoadedModel, policy: Policy) -> ModelInfo:

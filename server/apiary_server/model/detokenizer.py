@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+_HALF = "\ufffd"  # what bytes decode to that are no character, or not yet
+_LONGEST = 16  # tokens without a whole character that may still become one: it has four bytes at most
 
 
 @dataclass(slots=True)
@@ -21,7 +23,12 @@ class Released:
 class Detokenizer:
     """Incremental text of one answer.
 
-    Text that may be the beginning of a stop string is held back until it is clear, with its tokens.
+    Text that may be the beginning of a stop string is held back until it is clear, with its tokens. Of
+    several stop strings the one that is complete first ends the answer; of those that are complete at once
+    the one that begins first. So the outcome depends on the text alone, not on how tokens cut it.
+
+    Own code and not `tokenizers.DecodeStream`, which raises where a byte-fallback tokenizer takes back a
+    character, and decodes an endless row of broken bytes again at each token.
 
     Args:
         tokenizer: the model's.
@@ -30,11 +37,13 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
+        self._context: list[int] = []  # the last tokens with text: some decoders look back
+        self._context_text = ""
+        self._fresh: list[int] = []  # tokens after the context
+        self._shown = 0  # characters of theirs that are in `_text` already
         self._text = ""  # not yet released
         self._tokens: deque[tuple[int, int]] = deque()  # (token, where its text ends), not yet released
-        self._undecoded = 0  # of these, tokens at the end whose character is not complete
         self._released_to = 0  # where the released text ends
         self.stopped = False
 
@@ -45,20 +54,15 @@ class Detokenizer:
 
     def add(self, token: int) -> Released:
         """Take the next token; sets `stopped` when it completes a stop string."""
-        piece = self._decoder.step(self._tokenizer, token)
         self._tokens.append((token, -1))
-        self._undecoded += 1
-        if piece is None:
-            return Released()
-        self._text += piece
-        end = self._released_to + len(self._text)
-        for back in range(1, self._undecoded + 1):
-            self._tokens[-back] = (self._tokens[-back][0], end)
-        self._undecoded = 0
-        cut = min((at for at in map(self._text.find, self._stop) if at >= 0), default=-1)
-        if cut >= 0:
+        self._text += self._decode(token)
+        if not self._fresh:
+            end = self._released_to + len(self._text)
+            self._tokens = deque((token, end if at < 0 else at) for token, at in self._tokens)
+        ends = [(at + len(stop), at) for stop in self._stop if (at := self._text.find(stop)) >= 0]
+        if ends:
             self.stopped = True
-            return self._release(cut)
+            return self._release(min(ends)[1])
         return self._release(len(self._text) - self._possible_stop())
 
     def finish(self) -> Released:
@@ -67,6 +71,27 @@ class Detokenizer:
         released.token_ids += [token for token, _ in self._tokens]
         self._tokens.clear()
         return released
+
+    def _decode(self, token: int) -> str:
+        """The text that is certain with this token, and was not before."""
+        self._fresh.append(token)
+        text = self._decoded([*self._context, *self._fresh])
+        taken_back = not text.startswith(self._context_text)
+        text = self._decoded(self._fresh) if taken_back else text[len(self._context_text) :]
+        certain = text.rstrip(_HALF)
+        if (certain != text or not (text or self._context)) and len(self._fresh) < _LONGEST:
+            piece = certain[self._shown :]
+            self._shown = max(self._shown, len(certain))
+            return piece
+        piece = text[self._shown :]
+        if text or not self._context:
+            self._context, self._context_text = self._fresh, self._decoded(self._fresh)
+        self._fresh, self._shown = [], 0
+        return piece
+
+    def _decoded(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
 
     def _release(self, length: int) -> Released:
         released = Released(self._text[:length])

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from apiary_server.errors import ApiaryError
@@ -52,29 +60,50 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: torc
     Raises:
         UnservableModel: the files are not a model, or not one whose layers this worker can serve.
     """
+    try:
+        return _load(path, device, dtype, cache_dtype)
+    except UnservableModel:
+        raise
+    except Exception as error:  # what transformers raises for odd files has no common base
+        reason = textwrap.shorten(str(error), 400)
+        raise UnservableModel(f"{path} cannot be loaded: {reason} ({type(error).__name__})") from error
+
+
+def _load(path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype) -> LoadedModel:
     logging.disable_progress_bar()
     if "auto_map" in _read_json(path / "config.json"):
         raise UnservableModel(f"{path} needs code of its own (auto_map in config.json), which is never run")
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        _check_config(path, config)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            local_files_only=True,
-            use_safetensors=True,
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    _check_config(path, config)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not getattr(architecture, "_supports_attention_backend", False):
+        raise UnservableModel(
+            f"{path} ({config.model_type}) has attention of its own, which cannot be replaced"
         )
-        backend = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnservableModel(f"{path} cannot be loaded: {reason}") from error
-    if not getattr(backend, "is_fast", False):
+    if not any(path.glob("*.safetensors")):
+        raise UnservableModel(f"{path} has no safetensors weights; pickled ones are never loaded")
+    backend = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    if not getattr(backend, "is_fast", False) or not len(backend):
         raise UnservableModel(f"{path} has no tokenizer.json (a fast tokenizer), which streaming needs")
-    model.to(device)  # type: ignore[arg-type]  # transformers' own annotation takes the model for the device
+    weights: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention.NAME,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    model, report = weights
+    wrong = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if wrong:  # transformers would make them up
+        raise UnservableModel(
+            f"{path} lacks {len(wrong)} weights or has them in other shapes: {wrong[0]}, ..."
+        )
+    model.to(device)
     model.eval()
-    rotary = _rotary(path, model, config)
     heads = config.num_attention_heads
     geometry = Geometry(
         layers=config.num_hidden_layers,
@@ -85,13 +114,14 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: torc
     loaded = LoadedModel(
         model=model,
         tokenizer=Tokenizer(backend, config.vocab_size),
-        rotary=rotary,
+        rotary=_rotary(path, model, config),
         geometry=geometry,
         architecture=type(model).__name__,
         query_heads=heads,
         eos_token_ids=_eos(model, config),
     )
     _check_forward(path, loaded)
+    _check_moves(path, loaded)
     return loaded
 
 
@@ -117,43 +147,22 @@ def _check_config(path: Path, config: PretrainedConfig) -> None:
 
 
 def _rotary(path: Path, model: PreTrainedModel, config: PretrainedConfig) -> Rotary:
-    """The model's rotary embedding, checked: rotations by the model itself must compose with ours."""
-    embedding = getattr(model.base_model, "rotary_emb", None)
-    inv_freq = getattr(embedding, "inv_freq", None)
-    apply = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
-    if embedding is None or inv_freq is None or apply is None:
+    """The model's rotary embedding; `_check_moves` checks that it rotates as ours does."""
+    inv_freq = getattr(getattr(model.base_model, "rotary_emb", None), "inv_freq", None)
+    if inv_freq is None:
         raise UnservableModel(f"{path} has no rotary positions that can be moved")
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in {"dynamic", "longrope"}:
         raise UnservableModel(f"{path} has rotary positions of type {kind}, which change with the length")
-    rotary = Rotary(inv_freq.detach().clone(), config.max_position_embeddings)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key = torch.randn(
-        1, 1, 3, head_dim, device=model.device, generator=torch.Generator(model.device).manual_seed(0)
-    )
-    here, there = torch.tensor([[0, 5, 100]]), torch.tensor([[7, 0, 450]])
-    with torch.inference_mode():
-        at_here = apply(key, key, *embedding(key, here.to(model.device)))[1]
-        at_there = apply(key, key, *embedding(key, there.to(model.device)))[1]
-    moved = rotary.rotate(at_here[0], (there - here).to(model.device))
-    if moved.shape != at_there[0].shape or not torch.allclose(moved, at_there[0], atol=1e-3):
-        raise UnservableModel(
-            f"{path} rotates positions in a way that does not compose, so survivors cannot move"
-        )
-    return rotary
+    return Rotary(inv_freq.detach().clone(), config.max_position_embeddings)
 
 
 def _check_forward(path: Path, loaded: LoadedModel) -> None:
     """Compare a few tokens over our cache, as a chunk and one by one, with the model's own attention. This
     catches whatever in a model's attention no configuration field tells."""
-    model, last = loaded.model, min(9, loaded.tokenizer.vocab_size)
-    tokens = list(range(1, last))
-    layout = SlotLayout(loaded.geometry, len(tokens), scored=False)
-    slots = SlotClass(layout, torch.zeros(layout.bytes, dtype=torch.uint8, device=model.device))
-    policy = Full(bound=len(tokens))
-    cache = Cache(policy, loaded.rotary, slots.buffers(0, scored=False))
-    place, runner = Lease(slots, 0, lambda _: None), Runner(model)
+    model, tokens = loaded.model, _sample(loaded)
+    cache, place = _scratch(loaded, len(tokens))
+    runner = Runner(model)
     runner.run([Piece(tokens[:-2], cache, place, logits=False)])
     runner.run([Piece(tokens[-2:-1], cache, place, logits=False)])
     ours = runner.run([Piece(tokens[-1:], cache, place, logits=True)])[0].float()
@@ -161,12 +170,51 @@ def _check_forward(path: Path, loaded: LoadedModel) -> None:
     with torch.inference_mode():
         theirs = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0, -1].float()
     model.set_attn_implementation(attention.NAME)
-    tolerance = 1e-3 if model.dtype == loaded.geometry.dtype == torch.float32 else 0.1
-    if not torch.allclose(ours, theirs, atol=tolerance * float(theirs.abs().max())):
+    if not theirs.isfinite().all():
+        raise UnservableModel(f"{path} computes logits that are not finite in {model.dtype}")
+    if not torch.allclose(ours, theirs, atol=_tolerance(loaded) * float(theirs.abs().max())):
         raise UnservableModel(
             f"{path} ({loaded.architecture}) attends in a way that this worker does not know: over its cache "
             f"the logits differ by up to {float((ours - theirs).abs().max()):.3g} from the model's own"
         )
+
+
+def _check_moves(path: Path, loaded: LoadedModel) -> None:
+    """Compare keys that our rotation moved with keys that the model itself put there, in every layer. This
+    catches other conventions of rotation, and layers that do not rotate."""
+    tokens = _sample(loaded)
+    last = min(512, loaded.rotary.max_positions) - len(tokens)
+
+    def keys_at(position: int) -> torch.Tensor:
+        cache, place = _scratch(loaded, len(tokens))
+        cache.seen = position
+        Runner(loaded.model).run([Piece(tokens, cache, place, logits=False)])
+        return cache.buffers.keys.float()
+
+    here, there = keys_at(3), keys_at(last)
+    moved = loaded.rotary.rotate(here, torch.full((len(tokens),), last - 3, device=here.device))
+    if not torch.allclose(moved, there, atol=_tolerance(loaded) * float(there.abs().max())):
+        raise UnservableModel(
+            f"{path} ({loaded.architecture}) rotates positions in a way that does not compose, or not "
+            "in every layer, so survivors of an eviction could not move"
+        )
+
+
+def _sample(loaded: LoadedModel) -> list[int]:
+    return [1 + i % (loaded.tokenizer.vocab_size - 1) for i in range(8)]
+
+
+def _scratch(loaded: LoadedModel, entries: int) -> tuple[Cache, Lease]:
+    """An empty cache of its own, whose tokens have their original positions."""
+    layout = SlotLayout(loaded.geometry, entries, scored=False)
+    slots = SlotClass(layout, torch.zeros(layout.bytes, dtype=torch.uint8, device=loaded.model.device))
+    policy = Full(bound=entries, positions="original")
+    return Cache(policy, loaded.rotary, slots.buffers(0, scored=False)), Lease(slots, 0, lambda _: None)
+
+
+def _tolerance(loaded: LoadedModel) -> float:
+    """Relative to the largest value."""
+    return 1e-3 if loaded.model.dtype == loaded.geometry.dtype == torch.float32 else 0.1
 
 
 def _eos(model: PreTrainedModel, config: PretrainedConfig) -> tuple[int, ...]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from apiary_server.engine.request import Sampling
 from apiary_server.engine.result import TokenLogprob
 
+_MOST = float(torch.finfo(torch.float32).max)
+
 
 @dataclass(slots=True)
 class Choice:
@@ -87,9 +89,9 @@ def _penalise(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
         if sampling.repetition_penalty != 1:
             seen = torch.tensor(sorted({*choice.prompt, *choice.output}), device=line.device)
             if len(seen):
-                old = line[seen]
+                old = line[seen].double()  # a tiny penalty would be 0 in float32
                 penalty = sampling.repetition_penalty
-                line[seen] = torch.where(old > 0, old / penalty, old * penalty)
+                line[seen] = torch.where(old > 0, old / penalty, old * penalty).clamp(max=_MOST).float()
         if choice.output and (sampling.presence_penalty or sampling.frequency_penalty):
             output = torch.tensor(choice.output, device=line.device)
             used, counts = torch.unique(output, return_counts=True)
@@ -102,23 +104,24 @@ def _penalise(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
 
 def _draw(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     """Temperature, then top-k, top-p and min-p, each on what the one before left; then the inverse of the
-    cumulative distribution, likeliest token first. Returns int64 `[rows]`."""
+    cumulative distribution, likeliest token first. Returns int64 `[rows]`.
+
+    Sums are cumulative ones, whose rows do not depend on each other; `sum` of one row may use all threads.
+    """
 
     def column(value: Callable[[Choice], float]) -> Tensor:
         return torch.tensor([value(c) for c in choices], dtype=torch.float64, device=logits.device)[:, None]
 
     ordered, order = logits.double().sort(dim=-1, descending=True, stable=True)
-    probabilities = torch.softmax(ordered / column(lambda c: c.sampling.temperature), dim=-1)
+    # relative to the largest, since a tiny temperature would make all of them infinite
+    scaled = (ordered - ordered[:, :1]) / column(lambda c: c.sampling.temperature)
     vocabulary = logits.shape[-1]
     rank = torch.arange(vocabulary, device=logits.device)
-    keep = rank < column(lambda c: c.sampling.top_k or vocabulary)
-    probabilities = probabilities * keep
-    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities = scaled.softmax(dim=-1) * (rank < column(lambda c: c.sampling.top_k or vocabulary))
+    cumulative = probabilities.cumsum(dim=-1)
     top_p = column(lambda c: c.sampling.top_p)
-    keep = ((before < top_p) | (top_p >= 1)) & (
-        probabilities >= column(lambda c: c.sampling.min_p) * probabilities[:, :1]
-    )
+    keep = (cumulative - probabilities < top_p * cumulative[:, -1:]) | (top_p >= 1)
+    keep &= probabilities >= column(lambda c: c.sampling.min_p) * probabilities[:, :1]
     cumulative = (probabilities * keep).cumsum(dim=-1)
     point = column(lambda c: uniform(c.seed, c.index)) * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, point, right=True).clamp(max=vocabulary - 1)

@@ -25,9 +25,10 @@ class Tokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self.backend: Backend = tokenizer.backend_tokenizer
+        self.backend.no_truncation()  # a tokenizer.json may ask for it, and a prompt would lose its end
+        self.backend.no_padding()
         self.vocab_size = vocab_size
         self.chat = tokenizer.chat_template is not None
-        self._closing = self._render(_EXCHANGE, reply=False).partition(_MARK)[2] if self.chat else ""
 
     def encode(self, input: Text | Messages, *, first: bool = True, open_reply: bool = False) -> list[int]:
         """Token ids of a turn's input.
@@ -38,13 +39,15 @@ class Tokenizer:
             open_reply: whether the turn before was a chat turn, whose reply must be closed first.
 
         Raises:
-            InvalidField: messages for a model without a chat template, or that its template refuses.
+            InvalidField: messages for a model without a chat template, or that its template refuses, or
+                a token that the tokenizer has and the model has not.
         """
         if isinstance(input, Text):
-            return self._ids(input.text, special=first)
+            return self._ids(input.text, "text", special=first)
         if not self.chat:
             raise InvalidField([("messages", "this model has no chat template; send text or token_ids")])
-        return self._ids(self._rendered(input.messages, first=first, open_reply=open_reply), special=False)
+        text = self._rendered(input.messages, first=first, open_reply=open_reply)
+        return self._ids(text, "messages", special=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens.
@@ -67,9 +70,12 @@ class Tokenizer:
                 why = f"{id} is not in the vocabulary of {self.vocab_size} tokens"
                 raise InvalidField([(f"{field}[{place}]", why)])
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
+    def _ids(self, text: str, field: str, *, special: bool) -> list[int]:
         # `encode` holds the interpreter's lock for as long as it takes, and with it all other streams
         ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+        if ids and max(ids) >= self.vocab_size:  # added to the tokenizer, but the model was not resized
+            unknown = self.backend.id_to_token(max(ids))
+            raise InvalidField([(field, f"it holds {unknown!r}, for which this model has no embedding")])
         return ids
 
     def _rendered(self, messages: Sequence[Message], *, first: bool, open_reply: bool) -> str:
@@ -78,9 +84,13 @@ class Tokenizer:
             if first:
                 return self._render(new, reply=True)
             text = self._render([*_EXCHANGE, *new], reply=True).partition(_MARK)[2]
+            closing = "" if open_reply else self._render(_EXCHANGE, reply=False).partition(_MARK)[2]
         except Exception as error:  # a template may raise anything
             raise InvalidField([("messages", f"the model's chat template refuses them: {error}")]) from error
-        return text if open_reply else text.removeprefix(self._closing)
+        if not text:
+            why = "the model's chat template leaves them out behind a finished exchange"
+            raise InvalidField([("messages", why)])
+        return text.removeprefix(closing)
 
     def _render(self, messages: list[dict[str, str]], *, reply: bool) -> str:
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
