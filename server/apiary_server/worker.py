@@ -6,6 +6,7 @@ import torch
 
 from apiary_server.engine.door import Door
 from apiary_server.engine.engine import Engine, Limits
+from apiary_server.engine.loop import Loop
 from apiary_server.engine.result import ModelInfo, Observer
 from apiary_server.engine.scheduler import Scheduler
 from apiary_server.errors import InvalidField
@@ -102,17 +103,15 @@ def build(settings: Settings, observer: Observer | None = None) -> Engine:
     return Engine(
         model=model,
         door=Door(model, loaded.tokenizer, sessions, residency, loaded.rotary),
-        runner=Runner(loaded.model),
-        scheduler=Scheduler(settings.step_tokens, settings.max_running),
-        sessions=sessions,
-        residency=residency,
-        limits=Limits(
-            queue_limit=settings.queue_limit,
-            step_limit=settings.step_limit,
-            reserve_slots=settings.reserve_slots,
-            parked_budget=settings.parked_budget,
+        loop=Loop(
+            Runner(loaded.model),
+            Scheduler(settings.step_tokens, settings.max_running),
+            sessions,
+            residency,
+            observer or Observer(),
         ),
-        observer=observer,
+        sessions=sessions,
+        limits=Limits(settings.queue_limit, settings.step_limit),
     )
 
 

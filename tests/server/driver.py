@@ -113,7 +113,7 @@ def run(engine: Engine, *readers: Reader, steps: int = 5000) -> None:
         for _ in range(steps):
             if all(reader.ended for reader in readers):
                 return
-            engine.step()
+            engine._loop.step()
     raise AssertionError(f"not ended after {steps} steps")
 
 
@@ -121,7 +121,7 @@ def step(engine: Engine, count: int = 1) -> None:
     """Step the engine by hand; there must be a turn, or each step waits."""
     with torch.inference_mode():
         for _ in range(count):
-            engine.step()
+            engine._loop.step()
 
 
 def ask(engine: Engine, *args: Any, **fields: Any) -> Reader:

@@ -3,7 +3,8 @@
 Every step: admit waiting turns, then fill the step's token budget, decode tokens first, prefill chunks with
 the rest. Tenants share by weighted fair queueing (start-time fair queueing, Goyal et al., SIGCOMM 1996): a
 tenant's clock advances by the tokens that it computes, divided by its weight, and the tenant whose clock is
-behind goes first. Within a tenant higher priority goes first, and waiting raises it, so nobody starves.
+behind goes first. Within a tenant higher priority goes first; waiting raises it, so nobody starves, and a
+long prompt lowers it, so that a chat's next turn does not wait behind a book.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from apiary_server.engine.step import ScheduledChunk, StepPlan
 if TYPE_CHECKING:
     from apiary_server.engine.turn import Turn
 
-_AGING = 1.0  # levels of priority that a second of waiting is worth
+_LEVEL_SECONDS = 1.0  # waiting that is worth a level of priority
+_LEVEL_TOKENS = 512  # tokens of prompt that cost one
 
 
 class Scheduler:
@@ -67,39 +69,44 @@ class Scheduler:
         """The next step; empty if nothing can run now."""
         plan = StepPlan()
         ready = [turn for turn in self.running if not turn.paused]
-        decoding = [turn for turn in ready if turn.decoding]
-        starved = sum(not self._put(plan, turn, 1) for turn in decoding) > 0
+        for turn in ready:
+            if turn.decoding:
+                self._put(plan, turn, 1)
         plan.decode_tokens = len(plan.chunks)
         room = self._step_tokens - plan.decode_tokens
-        for turn in sorted((turn for turn in ready if not turn.decoding), key=self._order):
+        admitting = True
+        for turn in sorted((*(turn for turn in ready if not turn.decoding), *self.waiting), key=self._order):
             if room <= 0:
                 break
-            if self._put(plan, turn, room):
-                room -= plan.chunks[-1].count
-            else:
-                starved = True
-        # a running turn that waits for memory goes before one that has not started
-        while room > 0 and not starved and self.waiting and len(self.running) < self._max_running:
-            turn = min(self.waiting, key=self._order)
-            if not turn.open():
-                break
-            self.waiting.remove(turn)
-            self.running.append(turn)
-            if not self._put(plan, turn, room):
-                break
-            room -= plan.chunks[-1].count
+            if turn in self.waiting:
+                admitting = admitting and self._admit(turn)
+                if not admitting:
+                    continue
+            room -= self._put(plan, turn, room)
         plan.prefill_tokens = sum(chunk.count for chunk in plan.chunks) - plan.decode_tokens
         return plan
 
-    def _put(self, plan: StepPlan, turn: Turn, most: int) -> bool:
-        """Add the turn's next chunk to the plan; False if it has to wait for memory."""
-        if not turn.begin_segment():
+    def _admit(self, turn: Turn) -> bool:
+        """Start a waiting turn; False if no more can start in this step."""
+        # turns that have started and wait for a slot go before those that have not
+        if len(self.running) >= self._max_running or any(other.starved for other in self.running):
             return False
+        if not turn.open():
+            return False
+        self.waiting.remove(turn)
+        self.running.append(turn)
+        return True
+
+    def _put(self, plan: StepPlan, turn: Turn, most: int) -> int:
+        """Add the turn's next chunk to the plan. Returns its tokens; 0 if it has to wait for memory."""
+        if not turn.begin_segment():
+            return 0
         count = min(most, turn.segment_end - turn.computed)
         plan.chunks.append(ScheduledChunk(turn, count))
         self._served[turn.tenant] += count / self._weights.get(turn.tenant, 1.0)
-        return True
+        return count
 
     def _order(self, turn: Turn) -> tuple[float, float, float]:
         waited = self._clock() - turn.arrived
-        return (self._served[turn.tenant], -(turn.priority + waited * _AGING), turn.arrived)
+        level = turn.priority + waited / _LEVEL_SECONDS - turn.remaining / _LEVEL_TOKENS
+        return (self._served[turn.tenant], -level, turn.arrived)

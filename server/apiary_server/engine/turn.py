@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 from apiary_server.engine.delivery import TokenStream
 from apiary_server.engine.request import TurnRequest
-from apiary_server.engine.result import FinishReason, TokenLogprob, TurnStats, Usage
-from apiary_server.errors import ApiaryError
+from apiary_server.engine.result import Delta, FinishReason, TokenLogprob, TurnStats, Usage
 from apiary_server.model.detokenizer import Detokenizer
-from apiary_server.model.sampler import Choice
+from apiary_server.model.sampler import Choice, Sampled
 from apiary_server.sessions.session import Session
 from apiary_server.sessions.transaction import Transaction
 
@@ -45,7 +44,6 @@ class Turn:
     evicted: int = 0
     replaying: bool = False  # feeding back what was delivered, after a stop string
     finish_reason: FinishReason | None = None
-    failure: ApiaryError | None = None
     started: float | None = None
     first_token: float | None = None
 
@@ -79,6 +77,11 @@ class Turn:
         """Whether it waits for its reader."""
         return self.stream.full
 
+    @property
+    def starved(self) -> bool:
+        """Whether it has started and waits for a slot."""
+        return self.transaction.starved
+
     def open(self) -> bool:
         """Lease what the turn needs to start; False if there is no room now."""
         if not self.transaction.open():
@@ -103,10 +106,47 @@ class Turn:
             choice.prompt, choice.output = self.tokens[: self.prompt_end], self.tokens[self.prompt_end :]
         return choice
 
-    def start_replay(self, keep: int) -> None:
-        """Compute the turn again from its beginning, with only the first `keep` generated tokens."""
+    def take(self, sampled: Sampled) -> Delta:
+        """Take the next token, and set `finish_reason` if it is the last. Returns what may be shown now.
+
+        Raises:
+            FloatingPointError: the model gave no usable logits.
+        """
+        if sampled.token is None:
+            raise FloatingPointError("the model's logits are not finite")
+        self.first_token = self.first_token or time.monotonic()
+        if sampled.token in self.stop_tokens:
+            self.finish_reason = FinishReason.STOP
+            released = self.detokenizer.finish()
+        else:
+            self.tokens.append(sampled.token)
+            if sampled.logprob is not None:
+                self.logprobs.append(sampled.logprob)
+            released = self.detokenizer.add(sampled.token)
+            if self.detokenizer.stopped:
+                self.finish_reason = FinishReason.STOP
+            elif self.generated >= self.max_tokens or self.transaction.full:
+                self.finish_reason = FinishReason.LENGTH
+                rest = self.detokenizer.finish()
+                released.text += rest.text
+                released.token_ids += rest.token_ids
+        count = len(released.token_ids)
+        delta = Delta(released.text, released.token_ids, self.delivered, self.logprobs[:count])
+        del self.logprobs[:count]
+        self.delivered += count
+        if self.finish_reason is not None and not self.forgets:
+            del self.tokens[self.prompt_end + self.delivered :]
+        return delta
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the cache holds tokens of a stop string, which the session must not keep."""
+        return self.finish_reason is FinishReason.STOP and self.computed > self.prompt_end + self.delivered
+
+    def start_replay(self) -> None:
+        """Compute the turn again from its beginning, with only what was delivered."""
         self.transaction.restart()
-        del self.tokens[self.prompt_end + keep :]
+        del self.tokens[self.prompt_end + self.delivered :]
         self.computed = self.segment_end = self.evicted = 0
         self.replaying = True
 

@@ -40,6 +40,7 @@ class SessionManager:
         self._limit = limit
         self._lock = threading.Condition()
         self._sessions: dict[tuple[str, str], Session] = {}
+        self._next_expiry = float("inf")  # nothing expires before
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -87,6 +88,7 @@ class SessionManager:
                 update_time=now,
             )
             self._sessions[tenant, id] = session
+            self._next_expiry = min(self._next_expiry, session.expire_time)
             return session.info()
 
     def get(self, tenant: str, id: str) -> SessionInfo:
@@ -168,12 +170,16 @@ class SessionManager:
         """Take all idle expired sessions out of the table; their memory is the caller's to free."""
         now = time.time()
         with self._lock:
+            if now < self._next_expiry:
+                return []
             over = [
                 key for key, session in self._sessions.items() if session.expired(now) and not session.busy
             ]
             for key in over:
                 self._sessions[key].deleted = True
-            return [self._sessions.pop(key) for key in over]
+            removed = [self._sessions.pop(key) for key in over]
+            self._next_expiry = min((s.expire_time for s in self._sessions.values()), default=float("inf"))
+            return removed
 
     def _find(self, tenant: str, id: str) -> Session:
         session = self._sessions.get((tenant, id))

@@ -32,8 +32,8 @@ class Residency:
 
     @property
     def resident_sessions(self) -> int:
-        """Idle sessions whose cache is in the pool."""
-        return len(self._idle)
+        """Sessions whose cache is in the pool, idle or with a turn in flight."""
+        return len(self._idle) + sum(self._running.values())
 
     def admit(self, session: Session) -> bool:
         """Bring the session's cache into the pool and pin it there; False if there is no room now."""

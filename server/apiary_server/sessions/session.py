@@ -83,5 +83,5 @@ class Session:
             token_count=len(self.transcript),
             entries=cache.n if cache is not None else 0,
             bound=self.policy.bound,
-            bytes=self.layout.bytes if cache is not None else 0,
+            bytes=self.layout.bytes if self.lease is not None else 0,
         )

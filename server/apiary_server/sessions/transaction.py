@@ -27,6 +27,8 @@ class Transaction:
         self._second: Lease | None = None
         self._workspace: Lease | None = None
         self._open = False
+        self._in_second = False
+        self.starved = False  # waiting for the second slot
 
     @property
     def cache(self) -> Cache:
@@ -47,6 +49,11 @@ class Transaction:
     def in_workspace(self) -> bool:
         """Whether the turn holds a workspace."""
         return self._workspace is not None
+
+    @property
+    def full(self) -> bool:
+        """Whether no further token fits (a cache that evicts always has room)."""
+        return self.cache.n >= self._session.layout.capacity
 
     def open(self) -> bool:
         """Pin the session's slot and note what to return to; False if there is no memory now."""
@@ -79,7 +86,8 @@ class Transaction:
         overwrites = needs_workspace or changes_over or cache.policy.due(cache.n + tokens, cache.sampled)
         if overwrites and self._base is not None and self._second is None:
             self._second = self._residency.claim(self._session.layout)
-            if self._second is None:
+            self.starved = self._second is None
+            if self.starved:
                 return 0
         if needs_workspace:
             self._workspace = self._residency.pool.lease_workspace()

@@ -130,7 +130,7 @@ def test_a_failing_step_fails_only_its_turns(engine: Engine, monkeypatch: pytest
     step(engine, 3)
     with monkeypatch.context() as patch:
         patch.setattr(
-            engine._runner, "run", lambda pieces: (_ for _ in ()).throw(ValueError("broken kernel"))
+            engine._loop._runner, "run", lambda pieces: (_ for _ in ()).throw(ValueError("broken kernel"))
         )
         step(engine)
     assert isinstance(reader.error, errors.Internal)
@@ -145,7 +145,7 @@ def test_logits_that_are_not_finite_fail_their_own_turn_only(
 ) -> None:
     readers = [begin(engine, request("hello")), begin(engine, request("world"))]
     step(engine)
-    real = engine._runner.run
+    real = engine._loop._runner.run
 
     def poisoned(pieces: list[object]) -> torch.Tensor:
         logits = real(pieces).clone()  # type: ignore[arg-type]
@@ -153,7 +153,7 @@ def test_logits_that_are_not_finite_fail_their_own_turn_only(
         return logits
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._runner, "run", poisoned)
+        patch.setattr(engine._loop._runner, "run", poisoned)
         step(engine)
     run(engine, *readers)
     assert isinstance(readers[0].error, errors.Internal)
@@ -409,13 +409,13 @@ def test_a_step_that_hangs_costs_the_worker_its_health(
     engine = make_engine(start=False, step_limit=0.2)
     lost: list[bool] = []
     engine.on_unhealthy = lambda: lost.append(True)
-    real = engine._runner.run
+    real = engine._loop._runner.run
 
     def slow(pieces: list[object]) -> torch.Tensor:
         time.sleep(0.8)
         return real(pieces)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine._runner, "run", slow)
+    monkeypatch.setattr(engine._loop._runner, "run", slow)
     engine.start()
     begin(engine, request("hello", max_tokens=1))
     until = time.monotonic() + 5
@@ -439,7 +439,7 @@ def test_the_observer_sees_plain_numbers(make_engine: MakeEngine) -> None:
             self.turns.append(stats)
 
     engine = make_engine(start=False)
-    engine._observer = recorder = Recorder()
+    engine._loop._observer = recorder = Recorder()
     ask(engine, LONG, max_tokens=30, trace="mine")
     (turn,) = recorder.turns
     assert (turn.outcome, turn.prompt_tokens, turn.completion_tokens, turn.trace) == (

@@ -119,16 +119,16 @@ class Life(RuleBasedStateMachine):
         id = data.draw(st.sampled_from(sorted(self.transcripts)))
         record = session(self.engine, id)
         if not record.busy:
-            record.expire_time = 0.0
+            record.expire_time = self.engine.sessions._next_expiry = 0.0
             del self.transcripts[id]
-            self.engine._commands.put(lambda: None)  # an idle engine looks after half a second otherwise
+            self.engine._loop.post(lambda: None)  # an idle engine looks after half a second otherwise
             self.step()
             with pytest.raises(errors.SessionNotFound):
                 self.engine.sessions.get("default", id)
 
     def step(self) -> None:
         with torch.inference_mode():
-            self.engine.step()
+            self.engine._loop.step()
         still = []
         for id, prompt, reader, before in self.running:
             if not reader.ended:
@@ -150,7 +150,7 @@ class Life(RuleBasedStateMachine):
         capacity = self.engine.capacity()
         assert capacity.used_bytes <= capacity.peak_bytes <= capacity.budget_bytes
         assert capacity.parked_bytes <= capacity.parked_budget_bytes
-        self.engine._residency.check_integrity()
+        self.engine._loop.residency.check_integrity()
 
     @invariant()
     def transcripts_agree_and_bounds_hold(self) -> None:
@@ -172,10 +172,10 @@ class Life(RuleBasedStateMachine):
         assert not self.running
         for id in list(self.transcripts):
             self.engine.delete_session("default", id)
-        self.engine._commands.put(lambda: None)
+        self.engine._loop.post(lambda: None)
         with torch.inference_mode():
-            self.engine.step()
-        assert self.engine._residency.pool.leased_bytes == 0
+            self.engine._loop.step()
+        assert self.engine._loop.residency.pool.leased_bytes == 0
         assert self.engine.capacity().parked_bytes == 0
 
 

@@ -47,6 +47,7 @@ class FakeTurn:
     finished: float | None = None
     steps: list[float] = field(default_factory=list)
     replaying: bool = False
+    starved: bool = False
 
     def __post_init__(self) -> None:
         self.known = self.prompt
@@ -54,6 +55,10 @@ class FakeTurn:
     @property
     def decoding(self) -> bool:
         return self.computed >= self.prompt
+
+    @property
+    def remaining(self) -> int:
+        return self.known - self.computed
 
     @property
     def tokens(self) -> range:
@@ -89,7 +94,8 @@ def simulate(seed: int) -> tuple[list[FakeTurn], int]:
     """Random arrivals of three tenants on a small worker, until all are served. Returns the turns."""
     chance, clock = random.Random(seed), Clock()
     memory = Memory(slots=chance.randint(1, 8))
-    scheduler = Scheduler(step_tokens=64, max_running=chance.randint(1, 8), clock=clock)
+    most = chance.randint(1, 8)
+    scheduler = Scheduler(step_tokens=64, max_running=most, clock=clock)
     turns = [
         FakeTurn(
             tenant=chance.choice("abc"),
@@ -107,7 +113,7 @@ def simulate(seed: int) -> tuple[list[FakeTurn], int]:
             scheduler.add(coming.pop(0))  # type: ignore[arg-type]
         decoding = [turn for turn in scheduler.running if turn.decoding]
         plan = scheduler.schedule()
-        assert len(scheduler.running) <= memory.slots
+        assert len(scheduler.running) <= min(memory.slots, most)
         chunks = [(chunk.turn, chunk.count) for chunk in plan.chunks]
         assert all((turn, 1) in chunks for turn in decoding), "decode tokens are in every step"
         assert len({id(turn) for turn, _ in chunks}) == len(chunks), "a turn is scheduled once a step"
@@ -210,3 +216,17 @@ def test_priority_goes_first_and_waiting_catches_up() -> None:
 def test_the_scheduler_needs_no_torch() -> None:
     code = "import apiary_server.engine.scheduler, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_chats_next_turn_does_not_wait_behind_a_book() -> None:
+    clock, memory = Clock(), Memory(slots=4)
+    scheduler = Scheduler(step_tokens=64, max_running=4, clock=clock)
+    book = FakeTurn("a", 20_000, 1, 0.0, memory)
+    scheduler.add(book)  # type: ignore[arg-type]
+    for chunk in scheduler.schedule().chunks:
+        chunk.turn.advance(chunk.count)  # type: ignore[attr-defined]
+    clock.now = 1.0
+    short = FakeTurn("a", 30, 1, 1.0, memory)
+    scheduler.add(short)  # type: ignore[arg-type]
+    chunks = [(chunk.turn, chunk.count) for chunk in scheduler.schedule().chunks]
+    assert chunks == [(short, 30), (book, 34)]

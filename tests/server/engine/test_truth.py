@@ -103,7 +103,7 @@ class Forced:
     def __init__(self, engine: Engine, policy: str, tokens: Sequence[int], prompt: int) -> None:
         chosen, layout = engine.sessions._layout(policy)
         self.session = Session(id="", tenant="", policy=chosen, layout=layout)
-        self.transaction = Transaction(self.session, engine._residency, engine._door._rotary)
+        self.transaction = Transaction(self.session, engine._loop.residency, engine._door._rotary)
         self.tokens, self.prompt = tokens, prompt
         self.logits: list[torch.Tensor] = []
         assert self.transaction.open()
@@ -147,13 +147,13 @@ def test_buzz_batched_agrees_with_alone(engine: Engine) -> None:
     alone = []
     for case in cases:
         session = Forced(engine, *case)
-        while Forced.step(engine._runner, [session]):
+        while Forced.step(engine._loop._runner, [session]):
             pass
         alone.append((session.logits, session.kept()))
         assert session.transaction.cache.evicted > 0
         session.transaction.rollback()
     together = [Forced(engine, *case) for case in cases]
-    while Forced.step(engine._runner, together):
+    while Forced.step(engine._loop._runner, together):
         pass
     differing = total = 0
     for session, (logits, kept) in zip(together, alone, strict=True):

@@ -1,0 +1,260 @@
+"""One step of the engine: take commands, end what is over, schedule, run, hand out."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import secrets
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import structlog
+
+from apiary_server import errors
+from apiary_server.engine.delivery import Delivery
+from apiary_server.engine.request import Messages
+from apiary_server.engine.result import Delta, Observer, StepStats
+from apiary_server.engine.scheduler import Scheduler
+from apiary_server.engine.step import ScheduledChunk, StepPlan
+from apiary_server.engine.turn import Turn
+from apiary_server.model.runner import Piece, Runner
+from apiary_server.model.sampler import Sampled, sample
+from apiary_server.sessions.manager import SessionManager, resource_name
+from apiary_server.sessions.residency import Residency
+from apiary_server.sessions.session import Session, TurnRecord
+
+_Stats = TypeVar("_Stats")
+_log = structlog.get_logger(__name__)
+_IDLE_WAIT = 0.5  # seconds between looks at expired sessions when there is no turn
+_PAUSED_WAIT = 0.005  # seconds between looks at readers and memory when all turns wait
+
+
+class Loop:
+    """What the engine thread does, again and again. All but `post` and the counts are for that thread.
+
+    Args:
+        runner: the forward pass.
+        scheduler: what runs next.
+        sessions: the table of sessions.
+        residency: their memory.
+        observer: receives plain numbers.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        sessions: SessionManager,
+        residency: Residency,
+        observer: Observer,
+    ) -> None:
+        self.residency = residency
+        self.step_began: float | None = None
+        self._runner = runner
+        self._scheduler = scheduler
+        self._sessions = sessions
+        self._observer = observer
+        self._delivery = Delivery()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._idle = True  # the step before had nothing to run
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Have something done on the engine thread, before the next step."""
+        self._commands.put(command)
+
+    @property
+    def running(self) -> int:
+        """Turns in flight."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Turns that have not started."""
+        return len(self._scheduler.waiting)
+
+    def add(self, turn: Turn) -> None:
+        """Queue a turn."""
+        self._scheduler.add(turn)
+
+    def end_all(self, error: errors.ApiaryError) -> None:
+        """Roll back every turn."""
+        for turn in self._turns():
+            self._fail(turn, error)
+        self._delivery.flush()
+
+    def free(self, session: Session) -> None:
+        """Give back the memory of a session that was taken out of the table, and end its turn."""
+        self._end_lost_turns()
+        self.residency.free(session)
+
+    def step(self) -> None:
+        """One turn of the loop: take commands, end what is over, schedule, run, hand out."""
+        self._take_commands()
+        self._end_lost_turns()
+        for session in self._sessions.remove_expired():
+            self.residency.free(session)
+        plan = self._scheduler.schedule()
+        self._idle = not plan.chunks
+        if plan.chunks:
+            self.step_began = time.monotonic()
+            self._execute(plan)
+            self.step_began = None
+        elif self._scheduler.waiting and not self._scheduler.running:
+            self._refuse(self._scheduler.waiting[0])
+        if not self._turns():
+            self.residency.check_integrity()
+        self._delivery.flush()
+
+    def _take_commands(self) -> None:
+        wait = _PAUSED_WAIT if self._turns() else _IDLE_WAIT
+        with contextlib.suppress(queue.Empty):
+            self._commands.get(block=self._idle, timeout=wait)()
+            while True:
+                self._commands.get_nowait()()
+
+    def _turns(self) -> list[Turn]:
+        return [*self._scheduler.running, *self._scheduler.waiting]
+
+    def _end_lost_turns(self) -> None:
+        """Roll back the turns that nobody waits for any more."""
+        now = time.monotonic()
+        for turn in self._turns():
+            deadline = turn.request.deadline
+            if turn.session.deleted:
+                self._fail(turn, errors.Cancelled(f"{resource_name(turn.session.id)} was deleted"))
+            elif turn.stream.closed:
+                self._fail(turn, errors.Cancelled("cancelled by the caller"))
+            elif deadline is not None and now >= deadline:
+                where = "in queue" if turn.started is None else "in flight"
+                self._fail(
+                    turn, errors.DeadlineExceeded(f"the deadline passed {where}; the turn was rolled back")
+                )
+            elif turn.stream.stalled(now):
+                self._fail(
+                    turn,
+                    errors.ReaderStalled("the reader took nothing for too long; the turn was rolled back"),
+                )
+
+    def _refuse(self, turn: Turn) -> None:
+        """Nothing runs that could give memory back, and still there is none for this turn."""
+        pool = self.residency.pool
+        self._fail(
+            turn,
+            errors.BudgetExhausted(
+                "idle sessions fill the cache budget and the parked budget; delete some or let them expire",
+                retry_after=5.0,
+                needed=turn.session.layout.bytes,
+                used=pool.used_bytes,
+                budget=pool.budget,
+            ),
+        )
+
+    def _execute(self, plan: StepPlan) -> None:
+        began = time.monotonic()
+        try:
+            sampled = self._forward(plan)
+        except Exception:
+            error = self._incident("a step failed")
+            for chunk in plan.chunks:
+                self._fail(chunk.turn, error)
+            return
+        compactions = evicted = 0
+        for chunk in plan.chunks:
+            turn = chunk.turn
+            before = turn.evicted
+            try:
+                self._advance(chunk, sampled.get(id(turn)))
+            except Exception:
+                self._fail(turn, self._incident("a turn failed"))
+            compactions += turn.evicted > before
+            evicted += turn.evicted - before
+        self._observe(plan, time.monotonic() - began, compactions, evicted)
+
+    def _forward(self, plan: StepPlan) -> dict[int, Sampled]:
+        pieces = [
+            Piece(
+                chunk.turn.tokens[chunk.turn.computed : chunk.turn.computed + chunk.count],
+                chunk.turn.transaction.cache,
+                chunk.turn.transaction.place,
+                chunk.samples,
+            )
+            for chunk in plan.chunks
+        ]
+        logits = self._runner.run(pieces)
+        turns = [chunk.turn for chunk in plan.chunks if chunk.samples]
+        if not turns:
+            return {}
+        choices = [turn.choice() for turn in turns]
+        return {id(turn): result for turn, result in zip(turns, sample(logits, choices), strict=True)}
+
+    def _advance(self, chunk: ScheduledChunk, sampled: Sampled | None) -> None:
+        """Count a chunk as computed, compact at its segment's end, and take the new token."""
+        turn = chunk.turn
+        turn.computed += chunk.count
+        if turn.computed == turn.segment_end:
+            turn.evicted += turn.transaction.end_segment()
+        if sampled is not None:
+            self._take_token(turn, sampled)
+        elif turn.replaying and not turn.remaining:
+            self._commit(turn, Delta(index=turn.delivered))
+
+    def _take_token(self, turn: Turn, sampled: Sampled) -> None:
+        delta = turn.take(sampled)
+        if turn.finish_reason is None or turn.forgets:
+            if delta.text or delta.token_ids:
+                self._delivery.send(turn.stream, delta)
+            if turn.forgets:
+                turn.start_replay()
+        else:
+            self._commit(turn, delta)
+
+    def _commit(self, turn: Turn, last: Delta) -> None:
+        turn.transaction.commit()
+        chat = isinstance(turn.request.input, Messages)
+        record = TurnRecord(turn.prompt_end - turn.carried, turn.delivered, chat)
+        self._sessions.end_turn(turn.session, turn.tokens[turn.carried :], record)
+        self._scheduler.remove(turn)
+        now = time.monotonic()
+        last.finish_reason, last.usage = turn.finish_reason, turn.usage(now)
+        self._delivery.send(turn.stream, last)
+        outcome = turn.finish_reason.value if turn.finish_reason is not None else ""
+        self._notify(self._observer.turn, turn.stats(now, outcome))
+
+    def _fail(self, turn: Turn, error: errors.ApiaryError) -> None:
+        """End a turn as if it had never been."""
+        turn.transaction.rollback()
+        self._sessions.end_turn(turn.session)
+        self._scheduler.remove(turn)
+        self._delivery.send(turn.stream, error)
+        self._notify(self._observer.turn, turn.stats(time.monotonic(), type(error).__name__))
+
+    def _notify(self, observe: Callable[[_Stats], None], stats: _Stats) -> None:
+        try:
+            observe(stats)
+        except Exception:  # telemetry must never cost a turn
+            _log.exception("an observer failed")
+
+    def _incident(self, event: str) -> errors.Internal:
+        """Log the exception that is being handled, whole, and give it a name that the caller may quote."""
+        incident = secrets.token_hex(6)
+        _log.exception(event, incident=incident)
+        return errors.Internal(incident)
+
+    def _observe(self, plan: StepPlan, duration: float, compactions: int, evicted: int) -> None:
+        self._notify(
+            self._observer.step,
+            StepStats(
+                duration=duration,
+                prefill_tokens=plan.prefill_tokens,
+                decode_tokens=plan.decode_tokens,
+                compactions=compactions,
+                evicted_entries=evicted,
+                running_turns=len(self._scheduler.running),
+                queued_turns=len(self._scheduler.waiting),
+                used_bytes=self.residency.pool.used_bytes,
+                parked_bytes=self.residency.parked_bytes,
+                resident_sessions=self.residency.resident_sessions,
+                sessions=len(self._sessions),
+            ),
+        )
