@@ -30,8 +30,6 @@ MAY_IMPORT = {  # of our own; rpc -> engine -> sessions, model -> buzz
 }
 WORDS = {  # plain data that every layer of the worker shares
     "apiary_server.errors",
-    "apiary_server.engine.request",
-    "apiary_server.engine.result",
 }
 
 

@@ -5,21 +5,14 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from apiary_server.model.types import TokenLogprob as TokenLogprob
+
 
 class FinishReason(enum.Enum):
     """Why an answer ended."""
 
     STOP = "stop"
     LENGTH = "length"
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token's log-probability under the model's own distribution, and its likeliest rivals."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apiary_server.engine.request import Sampling
-from apiary_server.engine.result import TokenLogprob
+from apiary_server.model.types import Sampling, TokenLogprob
 
 _MOST = float(torch.finfo(torch.float32).max)
 

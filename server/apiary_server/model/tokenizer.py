@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase
 
-from apiary_server.engine.request import Message, Messages, Text
 from apiary_server.errors import InvalidField
+from apiary_server.model.types import Message, Messages, Text
 
 _MARK = "\ue000reply\ue000"  # private use: in no template
 _EXCHANGE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARK}]
