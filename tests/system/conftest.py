@@ -75,7 +75,6 @@ def worker(shared_worker: Worker) -> Iterator[Worker]:
         for session in client.list_sessions(timeout=10):
             client.delete_session(session, timeout=10)
         assert until(lambda: empty(client.get_capacity(timeout=10)), 20), client.get_capacity(timeout=10)
-        assert client.get_capacity(timeout=10).sessions == 0
 
 
 @pytest.fixture

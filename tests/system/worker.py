@@ -118,9 +118,9 @@ def until(condition: Callable[[], Value], seconds: float, *, every: float = 0.02
 
 
 def empty(capacity: Capacity) -> bool:
-    """Whether nothing runs and nothing is leased but the workspaces, which are always counted."""
+    """Whether nothing runs, and nothing is kept or leased but the workspaces, which are always counted."""
     return (
-        capacity.running_turns == capacity.queued_turns == capacity.resident_sessions == 0
+        capacity.running_turns == capacity.queued_turns == capacity.sessions == capacity.parked_bytes == 0
         and capacity.used_bytes == capacity.workspaces * capacity.workspace_bytes
     )
 
