@@ -83,10 +83,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
         ),
         r"soft-capped attention logits \(attn_logit_softcapping\)",
     ),
-    "gpt-oss, which has sinks in its softmax": (
-        lambda: hf.GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, **FULL),
-        "attends in a way that this worker does not know",
-    ),
+    "gpt-oss": (lambda: hf.GptOssConfig(**SIZES, head_dim=8, num_local_experts=4), "sliding_attention"),
     "latent attention": (
         lambda: hf.DeepseekV2Config(**SIZES | {"num_key_value_heads": 4}, n_routed_experts=2),
         r"latent attention \(kv_lora_rank\)",
