@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -70,6 +71,8 @@ async def _serve(engine: Engine, settings: Settings) -> None:
     engine.on_unhealthy = lambda: _leave_unhealthy(loop, app)
     engine.start()
     await app.start()
+    # the libraries' objects stay: without this, a full garbage collection walks them, 0.2 s without a token
+    gc.freeze()
     about = f"model {engine.model.name}, policy {engine.model.default_policy}"
     _say(f"ready on {app.address} ({about}, budget {settings.cache_budget / 2**30:.1f} GiB)", sys.stdout)
     await stop.wait()

@@ -89,13 +89,16 @@ def apiary(worker: Worker) -> Run:
     """Runs the `apiary` command against the shared worker, in a process of its own."""
 
     def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        done = subprocess.run(
             [APIARY, *arguments],
-            input=stdin,
+            input=stdin.encode(),
             env=environment(APIARY_TARGET=worker.target),
             capture_output=True,
-            encoding="utf-8",
             timeout=60,
+        )
+        # decoded here: subprocess would make "\n" of each "\r", and the tiny model says anything
+        return subprocess.CompletedProcess(
+            done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
         )
 
     return run

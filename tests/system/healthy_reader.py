@@ -1,7 +1,7 @@
 """A reader in a process of its own, so that nothing but the worker can hold it up.
 
-`python -m tests.system.healthy_reader HOST:PORT PROMPT TOKENS` streams one answer after the other. It prints an
-empty line when it has its first token, then each answer as JSON, and ends with the one that runs at SIGTERM.
+`python -m tests.system.healthy_reader HOST:PORT PROMPT TOKENS` streams one answer after the other. It prints
+an empty line when it has its first token, then each answer as JSON; the one that runs at SIGTERM is the last.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from .worker import Worker, environment
 ROOT = Path(__file__).parents[2]
 AT_ONCE = 8
 ROUNDS = 3
-LONGEST_GAP = 1.0  # seconds between two tokens of a healthy stream, on a machine that is busy otherwise too
+LONGEST_GAP = 1.5  # seconds between two tokens of a healthy stream, on a machine that is busy otherwise too
 PROMPT, ANSWER = "Hum along, please.", 100
 
 
