@@ -158,9 +158,9 @@ class Pool:
         self.workspace_entries = workspace_entries
         self.workspaces = workspaces
         self.arena_bytes = budget - workspaces * workspace.bytes
-        self._arena = torch.zeros(self.arena_bytes, dtype=torch.uint8, device=device)
+        self._arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=device)
         self._workspaces = SlotClass(
-            workspace, torch.zeros(workspaces * workspace.bytes, dtype=torch.uint8, device=device)
+            workspace, torch.empty(workspaces * workspace.bytes, dtype=torch.uint8, device=device)
         )
         self._free_workspaces = list(range(workspaces))
         self._classes: dict[SlotLayout, SlotClass] = {}
