@@ -1,0 +1,84 @@
+"""The real model as a user meets it: how soon it answers, and `make chat`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from apiary_client import Stopping
+
+from .worker import Worker
+
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("default_model")]
+
+ROOT = Path(__file__).parents[2]
+ATTEMPTS = 3
+READY_SECONDS, FIRST_TOKEN_SECONDS = 10.0, 1.0
+LINES = ("My favourite colour is teal.", "What is my favourite colour?")
+CHAT_TOKENS = 256  # what `make chat` allows an answer
+
+
+def _first_token_seconds(worker: Worker) -> float:
+    """From a short chat to the first piece of its answer: the first request that the worker ever sees."""
+    with worker.client() as client:
+        began = time.monotonic()
+        stream = client.stream("Hello!", stopping=Stopping(max_tokens=8), timeout=60)
+        next(stream)
+        seconds = time.monotonic() - began
+        list(stream)
+    return seconds
+
+
+def test_a_started_worker_answers_at_once(start_worker: Callable[..., Worker]) -> None:
+    """The machine may be busy with other things: the best of three starts counts, for either figure."""
+    ready, first = [], []
+    for _ in range(ATTEMPTS):
+        worker = start_worker()
+        ready.append(worker.ready_seconds)
+        first.append(_first_token_seconds(worker))
+        assert worker.stop() == 0
+        if min(ready) < READY_SECONDS and min(first) < FIRST_TOKEN_SECONDS:
+            break
+    print(f"ready after {_list(ready)} s, first token {_list(first)} s after the request")
+    assert min(ready) < READY_SECONDS
+    assert min(first) < FIRST_TOKEN_SECONDS
+
+
+def _list(seconds: list[float]) -> str:
+    return ", ".join(f"{one:.2f}" for one in seconds)
+
+
+def test_make_chat(start_worker: Callable[..., Worker]) -> None:
+    """Two lines in, two answers out and nothing else, as a user would type it."""
+    inherited = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MODEL", "ARGS"}  # of the `make test` that runs this
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in inherited and not key.startswith("APIARY_")
+    }
+    chat = subprocess.run(
+        ["make", "chat"],
+        cwd=ROOT,
+        env=environment,
+        input="".join(f"{line}\n" for line in LINES).encode(),
+        capture_output=True,
+        timeout=100,
+    )
+    assert chat.returncode == 0, chat.stderr.decode()
+    assert b"chat: starting a worker" in chat.stderr
+
+    worker = start_worker()
+    with worker.client() as client:
+        session = client.create_session()
+        answers = [
+            client.generate(line, session=session, stopping=Stopping(max_tokens=CHAT_TOKENS), timeout=60).text
+            for line in LINES
+        ]
+    assert worker.stop() == 0
+    assert chat.stdout.decode() == "".join(f"{answer}\n" for answer in answers)
+    assert "teal" in answers[1].lower()
