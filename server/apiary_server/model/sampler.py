@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apiary_server.model.types import Sampling, TokenLogprob
 
+_HEAD = 1024  # likeliest tokens that are put in order at first
 _MOST = float(torch.finfo(torch.float32).max)
 
 
@@ -105,26 +106,55 @@ def _draw(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     """Temperature, then top-k, top-p and min-p, each on what the one before left; then the inverse of the
     cumulative distribution, likeliest token first. Returns int64 `[rows]`.
 
+    Nearly always the token is among the likeliest, and only these are put in order; rows where it is not, or
+    where the rest could matter, are drawn again among all.
+    """
+    tokens, sure = _draw_among(logits, choices, min(_HEAD, logits.shape[-1]))
+    for row in (~sure).nonzero().flatten().tolist():
+        tokens[row] = _draw_among(logits[row : row + 1], choices[row : row + 1], logits.shape[-1])[0][0]
+    return tokens
+
+
+def _draw_among(logits: Tensor, choices: Sequence[Choice], head: int) -> tuple[Tensor, Tensor]:
+    """Draw among the `head` likeliest tokens: the tokens, and whether all would have given the same.
+
     Sums are cumulative ones, whose rows do not depend on each other; `sum` of one row may use all threads.
     """
 
     def column(value: Callable[[Choice], float]) -> Tensor:
         return torch.tensor([value(c) for c in choices], dtype=torch.float64, device=logits.device)[:, None]
 
-    ordered, order = logits.double().sort(dim=-1, descending=True, stable=True)
-    # relative to the largest, since a tiny temperature would make all of them infinite
-    scaled = (ordered - ordered[:, :1]) / column(lambda c: c.sampling.temperature)
     vocabulary = logits.shape[-1]
-    rank = torch.arange(vocabulary, device=logits.device)
-    probabilities = scaled.softmax(dim=-1) * (rank < column(lambda c: c.sampling.top_k or vocabulary))
-    cumulative = probabilities.cumsum(dim=-1)
-    top_p = column(lambda c: c.sampling.top_p)
-    keep = (cumulative - probabilities < top_p * cumulative[:, -1:]) | (top_p >= 1)
-    keep &= probabilities >= column(lambda c: c.sampling.min_p) * probabilities[:, :1]
-    cumulative = (probabilities * keep).cumsum(dim=-1)
-    point = column(lambda c: uniform(c.seed, c.index)) * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, point, right=True).clamp(max=vocabulary - 1)
-    return order.gather(-1, place).squeeze(-1)
+    # in order of value, and of id among equals: topk alone leaves the order of equals open
+    order = logits.topk(head, sorted=False).indices.sort(dim=-1).values
+    ordered, place = logits.gather(-1, order).double().sort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, place)
+
+    temperature, largest = column(lambda c: c.sampling.temperature), ordered[:, :1]
+    top_k = column(lambda c: c.sampling.top_k or vocabulary)
+    top_p, min_p = column(lambda c: c.sampling.top_p), column(lambda c: c.sampling.min_p)
+    within = torch.arange(head, device=logits.device) < top_k
+    # relative to the largest, since a tiny temperature would make all of them infinite
+    weights = ((ordered - largest) / temperature).exp() * within
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    if head < vocabulary:
+        whole = ((logits.double() - largest) / temperature).exp().cumsum(dim=-1)[:, -1:]
+        total = torch.where(top_k <= head, total, whole)
+    keep = within & ((cumulative - weights < top_p * total) | (top_p >= 1)) & (weights >= min_p)
+    kept = (weights * keep).cumsum(dim=-1)
+    # what is kept ends within the head; or nothing is dropped, so that its weight is known all the same
+    ends = ~keep[:, -1:]
+    known = ends & ((top_k <= head) | (top_k >= vocabulary) | (top_p >= 1))
+    known |= (top_p >= 1) & (min_p == 0) & (top_k >= vocabulary)
+    point = column(lambda c: uniform(c.seed, c.index)) * torch.where(ends, kept[:, -1:], total)
+    if head == vocabulary:
+        point = point.minimum(kept[:, -1:])
+    place = torch.searchsorted(kept, point, right=True)
+    inside = place < head
+    place = place.clamp(max=head - 1)
+    sure = known & inside & (ordered.gather(-1, place) > ordered[:, -1:])
+    return order.gather(-1, place).squeeze(-1), sure.squeeze(-1) | (head == vocabulary)
 
 
 def _logprobs(raw: Tensor, chosen: Sequence[int], choices: Sequence[Choice]) -> dict[int, TokenLogprob]:

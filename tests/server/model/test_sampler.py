@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apiary_server.engine.request import Sampling
-from apiary_server.model.sampler import Choice, sample, uniform
+from apiary_server.model.sampler import Choice, _draw, _draw_among, sample, uniform
 
 VOCABULARY = 40
 INF, NAN = float("inf"), float("nan")
@@ -281,3 +281,26 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
 def test_as_many_logprobs_as_asked_and_there_are(asked: int | None, given: int | None) -> None:
     sampled = sample(logits_of(0, vocabulary=7), [choice(logprobs=asked)])[0]
     assert (None if sampled.logprob is None else len(sampled.logprob.top)) == given
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_drawing_among_the_likeliest_gives_what_drawing_among_all_gives(seed: int) -> None:
+    vocabulary, rows = 5000, 24
+    logits = logits_of(seed, rows, vocabulary, scale=[0.5, 1.0, 3.0, 6.0][seed % 4])
+    pick = torch.Generator().manual_seed(seed)
+
+    def among(*values: float) -> float:
+        return values[int(torch.randint(len(values), (), generator=pick))]
+
+    choices = [
+        choice(
+            seed=row,
+            index=seed,
+            temperature=among(0.2, 0.7, 1.0, 10.0),
+            top_k=int(among(0, 0, 1, 50, 1024, 1025, 2000, 6000)),
+            top_p=among(1.0, 1.0, 0.99, 0.9, 0.5),
+            min_p=among(0.0, 0.0, 0.05, 1.0),
+        )
+        for row in range(rows)
+    ]
+    assert torch.equal(_draw(logits, choices), _draw_among(logits, choices, vocabulary)[0])
