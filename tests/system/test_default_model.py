@@ -14,7 +14,11 @@ from apiary_client import Stopping
 
 from .worker import Worker
 
-pytestmark = [pytest.mark.model, pytest.mark.usefixtures("default_model")]
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.usefixtures("default_model"),
+    pytest.mark.timeout(300),
+]
 
 ROOT = Path(__file__).parents[2]
 ATTEMPTS = 3
@@ -67,7 +71,7 @@ def test_make_chat(start_worker: Callable[..., Worker]) -> None:
         env=environment,
         input="".join(f"{line}\n" for line in LINES).encode(),
         capture_output=True,
-        timeout=100,
+        timeout=150,
     )
     assert chat.returncode == 0, chat.stderr.decode()
     assert b"chat: starting a worker" in chat.stderr
@@ -76,7 +80,7 @@ def test_make_chat(start_worker: Callable[..., Worker]) -> None:
     with worker.client() as client:
         session = client.create_session()
         answers = [
-            client.generate(line, session=session, stopping=Stopping(max_tokens=CHAT_TOKENS), timeout=60).text
+            client.generate(line, session=session, stopping=Stopping(max_tokens=CHAT_TOKENS), timeout=90).text
             for line in LINES
         ]
     assert worker.stop() == 0
