@@ -100,8 +100,8 @@ class Loop:
             self.step_began = time.monotonic()
             self._execute(plan)
             self.step_began = None
-        elif self._scheduler.waiting and not self._scheduler.running:
-            self._refuse(self._scheduler.waiting[0])
+        elif plan.blocked is not None and not self._scheduler.running:
+            self._refuse(plan.blocked)
         if not self._turns():
             self.residency.check_integrity()
         self._delivery.flush()

@@ -74,24 +74,25 @@ class Scheduler:
                 self._put(plan, turn, 1)
         plan.decode_tokens = len(plan.chunks)
         room = self._step_tokens - plan.decode_tokens
-        admitting = True
+        admitting, unstarted = True, {id(turn) for turn in self.waiting}
         for turn in sorted((*(turn for turn in ready if not turn.decoding), *self.waiting), key=self._order):
             if room <= 0:
                 break
-            if turn in self.waiting:
-                admitting = admitting and self._admit(turn)
+            if id(turn) in unstarted:
+                admitting = admitting and self._admit(plan, turn)
                 if not admitting:
                     continue
             room -= self._put(plan, turn, room)
         plan.prefill_tokens = sum(chunk.count for chunk in plan.chunks) - plan.decode_tokens
         return plan
 
-    def _admit(self, turn: Turn) -> bool:
+    def _admit(self, plan: StepPlan, turn: Turn) -> bool:
         """Start a waiting turn; False if no more can start in this step."""
         # turns that have started and wait for a slot go before those that have not
         if len(self.running) >= self._max_running or any(other.starved for other in self.running):
             return False
         if not turn.open():
+            plan.blocked = turn
             return False
         self.waiting.remove(turn)
         self.running.append(turn)

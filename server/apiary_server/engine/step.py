@@ -24,8 +24,12 @@ class ScheduledChunk:
 
 @dataclass(slots=True)
 class StepPlan:
-    """One forward pass over a ragged batch: decode tokens first, then prefill chunks."""
+    """One forward pass over a ragged batch: decode tokens first, then prefill chunks.
+
+    `blocked` is the turn for which there was no memory, and behind which the others wait.
+    """
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
+    blocked: Turn | None = None
     prefill_tokens: int = 0
     decode_tokens: int = 0

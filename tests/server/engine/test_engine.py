@@ -267,6 +267,10 @@ def test_a_full_budget_is_a_typed_error(make_engine: MakeEngine) -> None:
     reader = ask(engine, "hello", "c")
     assert isinstance(reader.error, errors.BudgetExhausted)
     assert reader.error.retry_after > 0
+    behind = [begin(engine, request("hello again", "a")), begin(engine, request("hello", "c"))]
+    run(engine, *behind)
+    assert behind[0].error is None, "its slot is there: not the one to refuse"
+    assert isinstance(behind[1].error, errors.BudgetExhausted)
     engine.delete_session("default", "a")
     assert ask(engine, "hello", "c").error is None
 
