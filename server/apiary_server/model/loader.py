@@ -158,13 +158,12 @@ def _rotary(path: Path, model: PreTrainedModel, config: PretrainedConfig) -> Rot
 
 
 def _check_forward(path: Path, loaded: LoadedModel) -> None:
-    """Compare a few tokens over our cache, as a chunk and one by one, with the model's own attention. This
+    """Compare a few tokens over our cache, a chunk and one more, with the model's own attention. This
     catches whatever in a model's attention no configuration field tells."""
     model, tokens = loaded.model, _sample(loaded)
     cache, place = _scratch(loaded, len(tokens))
     runner = Runner(model)
-    runner.run([Piece(tokens[:-2], cache, place, logits=False)])
-    runner.run([Piece(tokens[-2:-1], cache, place, logits=False)])
+    runner.run([Piece(tokens[:-1], cache, place, logits=False)])
     ours = runner.run([Piece(tokens[-1:], cache, place, logits=True)])[0].float()
     model.set_attn_implementation("eager")
     with torch.inference_mode():
@@ -185,13 +184,14 @@ def _check_moves(path: Path, loaded: LoadedModel) -> None:
     tokens = _sample(loaded)
     last = min(512, loaded.rotary.max_positions) - len(tokens)
 
-    def keys_at(position: int) -> torch.Tensor:
+    def piece_at(position: int) -> Piece:
         cache, place = _scratch(loaded, len(tokens))
         cache.seen = position
-        Runner(loaded.model).run([Piece(tokens, cache, place, logits=False)])
-        return cache.buffers.keys.float()
+        return Piece(tokens, cache, place, logits=False)
 
-    here, there = keys_at(3), keys_at(last)
+    pieces = [piece_at(3), piece_at(last)]
+    Runner(loaded.model).run(pieces)
+    here, there = (piece.cache.buffers.keys.float() for piece in pieces)
     moved = loaded.rotary.rotate(here, torch.full((len(tokens),), last - 3, device=here.device))
     if not torch.allclose(moved, there, atol=_tolerance(loaded) * float(there.abs().max())):
         raise UnservableModel(
