@@ -60,6 +60,8 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: torc
     Raises:
         UnservableModel: the files are not a model, or not one whose layers this worker can serve.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the checks are thousands of tiny operations: threads would wait for each other
     try:
         return _load(path, device, dtype, cache_dtype)
     except UnservableModel:
@@ -67,6 +69,8 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: torc
     except Exception as error:  # what transformers raises for odd files has no common base
         reason = textwrap.shorten(str(error), 400)
         raise UnservableModel(f"{path} cannot be loaded: {reason} ({type(error).__name__})") from error
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _load(path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype) -> LoadedModel:

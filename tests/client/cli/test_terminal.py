@@ -35,7 +35,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 10) -> str:
+    def wait_for(self, pattern: str, seconds: float = 30) -> str:
         """Return all that was shown up to the pattern's end, and forget it."""
         deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self._shown)):
@@ -51,7 +51,7 @@ class Terminal:
 
     def end(self) -> int:
         """Return the exit status of a chat that is about to leave."""
-        return self.process.wait(10)
+        return self.process.wait(30)
 
     def close(self) -> None:
         self.process.kill()
