@@ -24,17 +24,20 @@ class H2O(Policy):
     Attributes:
         heavy: most heavy hitters at the bound.
         recent: most recent entries, always kept.
-        block: entries evicted at a time while decoding; from 1 to `heavy`.
+        block: entries evicted at a time while decoding, from 1 to `heavy`; by default 32, or `heavy` if
+            that is less.
     """
 
     heavy: int = 282
     recent: int = 282
-    block: int = 32
+    block: int = -1
 
     name: ClassVar[str] = "h2o"
     scored: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if self.block == -1:
+            object.__setattr__(self, "block", max(1, min(32, self.heavy)))
         super().__post_init__()
         self._check_bound()
         if not 1 <= self.block <= self.heavy:

@@ -23,17 +23,20 @@ class Streaming(Policy):
     Attributes:
         sink: first entries, always kept.
         window: most recent entries at the bound.
-        block: entries evicted at a time while decoding; from 1 to `window`.
+        block: entries evicted at a time while decoding, from 1 to `window`; by default 32, or `window` if
+            that is less.
     """
 
     sink: int = 4
     window: int = 560
-    block: int = 32
+    block: int = -1
 
     name: ClassVar[str] = "streaming"
     scored: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if self.block == -1:
+            object.__setattr__(self, "block", max(1, min(32, self.window)))
         super().__post_init__()
         self._check_bound()
         if not 1 <= self.block <= self.window:

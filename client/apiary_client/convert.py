@@ -176,7 +176,10 @@ def _sampling(sampling: Sampling) -> generation_pb.Sampling:
 
 
 def _stopping(stopping: Stopping) -> generation_pb.Stopping:
-    return generation_pb.Stopping(**{item.name: getattr(stopping, item.name) for item in fields(stopping)})
+    values = {item.name: getattr(stopping, item.name) for item in fields(stopping)}
+    if isinstance(stopping.stop, str):  # one stop string, not its letters
+        values["stop"] = (stopping.stop,)
+    return generation_pb.Stopping(**values)
 
 
 # ---- from protobuf

@@ -40,10 +40,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
-    """When the answer ends, besides the model's own end-of-turn token. None means the server's default."""
+    """When the answer ends, besides the model's own end-of-turn token. None means the server's default.
+
+    `stop` is one stop string or several.
+    """
 
     max_tokens: int | None = None
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool | None = None
 

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, FilePath, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -89,8 +89,8 @@ class Settings(BaseSettings):
 
     # network and telemetry
     insecure: bool = Field(False, description="allow plaintext on an address that others can reach")
-    tls_cert_file: Path | None = None
-    tls_key_file: Path | None = None
+    tls_cert_file: FilePath | None = None
+    tls_key_file: FilePath | None = None
     max_message_bytes: Bytes = 8 * 2**20
     otlp_endpoint: str | None = None
     metrics_port: int | None = Field(None, ge=0, le=65_535, description="Prometheus port; absent means none")

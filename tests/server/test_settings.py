@@ -135,6 +135,8 @@ def test_plaintext_is_for_this_machine(listen: str) -> None:
 def test_others_need_tls_or_a_word(listen: str, tmp_path: Path) -> None:
     refused("can be reached by others: set tls_cert_file and tls_key_file, or --insecure", listen=listen)
     assert Settings.load(listen=listen, insecure=True).insecure
+    for name in ("cert", "key"):
+        (tmp_path / name).write_text("PEM")
     tls = {"tls_cert_file": str(tmp_path / "cert"), "tls_key_file": str(tmp_path / "key")}
     assert not Settings.load(listen=listen, **tls).insecure
 
@@ -147,8 +149,9 @@ def test_what_is_no_address(listen: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tls_cert_file", "tls_key_file"])
-def test_half_of_tls_is_refused(name: str) -> None:
-    refused("tls_cert_file and tls_key_file go together", **{name: "/tmp/x"})
+def test_half_of_tls_is_refused(name: str, tmp_path: Path) -> None:
+    refused(name, **{name: str(tmp_path / "missing")})
+    refused("tls_cert_file and tls_key_file go together", **{name: __file__})
 
 
 @pytest.mark.parametrize("name", ["stall_limit", "step_limit", "session_ttl", "drain_grace"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,9 +114,17 @@ def _resume(client: Client, name: str, policy: str | None) -> Session:
         session = client.get_session(name)
     except SessionNotFound:
         return client.create_session(name.removeprefix("sessions/"), policy=policy)
-    if policy is not None and policy != session.policy:
+    if policy is not None and not _names(policy, session.policy):
         console.fail(f"{session.name} was created with the policy {session.policy}: leave out --policy")
     return session
+
+
+def _names(spec: str, policy: str) -> bool:
+    """Whether a policy as a person writes it says nothing else than the server's full form of it."""
+    (name, *settings), (full_name, *full) = (
+        re.findall(r"[\w=]+", text.replace(" ", "")) for text in (spec, policy)
+    )
+    return name == full_name and set(settings) <= set(full)
 
 
 def _pipe(conversation: Conversation) -> None:

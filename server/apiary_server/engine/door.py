@@ -66,7 +66,8 @@ class Door:
             why = f"the input has {len(input)} tokens; a turn takes 1 to {most}"
             raise InvalidField([(_field(request), why)])
         tokens = [*carried, *input]
-        entries = session.cache.n if session.cache is not None else 0
+        cache = session.cache  # once: a delete may take it away meanwhile
+        entries = cache.n if cache is not None else 0
         bound = session.policy.bound
         evicts = session.policy.due(bound + 1, 0)
         if not evicts and entries + len(tokens) > bound:

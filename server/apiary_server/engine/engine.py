@@ -167,7 +167,9 @@ class Engine:
             try:
                 while not self._stopping.is_set():
                     self._loop.step()
-                self._loop.end_all(errors.Draining("the worker is shutting down; try another", 1.0))
+                self._loop.end_all(
+                    errors.Draining("the worker is shutting down and rolled the turn back; ask another", 1.0)
+                )
             except Exception:
                 _log.exception("the engine loop broke")
                 self._lose_health()

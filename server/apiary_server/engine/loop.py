@@ -100,8 +100,8 @@ class Loop:
             self.step_began = time.monotonic()
             self._execute(plan)
             self.step_began = None
-        elif plan.blocked is not None and not self._scheduler.running:
-            self._refuse(plan.blocked)
+        else:
+            self._refuse_for_memory(plan)
         if not self._turns():
             self.residency.check_integrity()
         self._delivery.flush()
@@ -136,8 +136,14 @@ class Loop:
                     errors.ReaderStalled("the reader took nothing for too long; the turn was rolled back"),
                 )
 
-    def _refuse(self, turn: Turn) -> None:
-        """Nothing runs that could give memory back, and still there is none for this turn."""
+    def _refuse_for_memory(self, plan: StepPlan) -> None:
+        """Nothing runs that could give memory back: end a turn for which there is none, if there is one."""
+        starved = [turn for turn in self._scheduler.running if turn.starved]
+        if not starved and (plan.blocked is None or self._scheduler.running):
+            return
+        turn = starved[-1] if starved else plan.blocked
+        if turn is None:
+            return
         pool = self.residency.pool
         self._fail(
             turn,

@@ -4,7 +4,7 @@ Every step: admit waiting turns, then fill the step's token budget, decode token
 the rest. Tenants share by weighted fair queueing (start-time fair queueing, Goyal et al., SIGCOMM 1996): a
 tenant's clock advances by the tokens that it computes, divided by its weight, and the tenant whose clock is
 behind goes first. Within a tenant higher priority goes first; waiting raises it, so nobody starves, and a
-long prompt lowers it, so that a chat's next turn does not wait behind a book.
+long prompt lowers it. Nobody takes more than half of the room that others wait for.
 """
 
 from __future__ import annotations
@@ -75,21 +75,25 @@ class Scheduler:
         plan.decode_tokens = len(plan.chunks)
         room = self._step_tokens - plan.decode_tokens
         admitting, unstarted = True, {id(turn) for turn in self.waiting}
-        for turn in sorted((*(turn for turn in ready if not turn.decoding), *self.waiting), key=self._order):
+        candidates = sorted((*(turn for turn in ready if not turn.decoding), *self.waiting), key=self._order)
+        for place, turn in enumerate(candidates, 1):
             if room <= 0:
                 break
             if id(turn) in unstarted:
                 admitting = admitting and self._admit(plan, turn)
                 if not admitting:
                     continue
-            room -= self._put(plan, turn, room)
+            # half the room at most, while others come behind: a book leaves a place for a chat's next turn
+            room -= self._put(plan, turn, room if place == len(candidates) else -(-room // 2))
         plan.prefill_tokens = sum(chunk.count for chunk in plan.chunks) - plan.decode_tokens
         return plan
 
     def _admit(self, plan: StepPlan, turn: Turn) -> bool:
         """Start a waiting turn; False if no more can start in this step."""
         # turns that have started and wait for a slot go before those that have not
-        if len(self.running) >= self._max_running or any(other.starved for other in self.running):
+        if len(self.running) >= self._max_running or any(
+            other.starved for other in self.running if not other.paused
+        ):
             return False
         if not turn.open():
             plan.blocked = turn

@@ -147,13 +147,13 @@ class SessionManager:
         with self._lock:
             session.busy = False
             self._lock.notify_all()
-            if record is None:
-                return
-            session.transcript.extend(tokens)
-            session.turns.append(record)
-            session.update_time = time.time()
-            if session.ttl is not None:
-                session.expire_time = session.update_time + session.ttl
+            if record is not None:
+                session.transcript.extend(tokens)
+                session.turns.append(record)
+                session.update_time = time.time()
+                if session.ttl is not None:
+                    session.expire_time = session.update_time + session.ttl
+            self._next_expiry = min(self._next_expiry, session.expire_time)
 
     def remove(self, tenant: str, id: str) -> Session:
         """Take a session out of the table; its memory is the caller's to free.
@@ -178,7 +178,8 @@ class SessionManager:
             for key in over:
                 self._sessions[key].deleted = True
             removed = [self._sessions.pop(key) for key in over]
-            self._next_expiry = min((s.expire_time for s in self._sessions.values()), default=float("inf"))
+            idle = (session for session in self._sessions.values() if not session.busy)
+            self._next_expiry = min((session.expire_time for session in idle), default=float("inf"))
             return removed
 
     def _find(self, tenant: str, id: str) -> Session:

@@ -100,12 +100,11 @@ class Residency:
 
     def _park_oldest(self) -> bool:
         """Copy the least recently used idle session to host memory; False if there is none, or no room."""
-        if not self._idle:
+        room = self.parked_budget - self.parked_bytes
+        session = next((session for session in self._idle.values() if session.layout.bytes <= room), None)
+        if session is None or session.lease is None:
             return False
-        session = next(iter(self._idle.values()))
         lease = session.lease
-        if lease is None or self.parked_bytes + lease.bytes > self.parked_budget:
-            return False
         session.parked = torch.empty(lease.bytes, dtype=torch.uint8).copy_(lease.memory)
         self.parked_bytes += lease.bytes
         self.parked_sessions += 1

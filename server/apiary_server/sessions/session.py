@@ -55,7 +55,8 @@ class Session:
     @property
     def pending(self) -> list[int]:
         """Committed tokens that the cache does not have yet."""
-        seen = self.cache.seen if self.cache is not None else 0
+        cache = self.cache  # once: the engine thread may take it away meanwhile
+        seen = cache.seen if cache is not None else 0
         return self.transcript[seen:].tolist()
 
     def expired(self, now: float) -> bool:

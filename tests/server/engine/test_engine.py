@@ -475,3 +475,22 @@ def test_a_turn_right_behind_a_cancel_waits_for_the_rollback(make_engine: MakeEn
     assert isinstance(first.error, errors.Cancelled)
     assert isinstance(second.error, errors.Cancelled)
     assert len(third.token_ids) == 3
+
+
+def test_a_turn_that_nobody_can_give_a_second_slot_is_refused_and_blocks_nobody(
+    make_engine: MakeEngine,
+) -> None:
+    small, large = "buzz(sink=2,window=8,threshold=20,stride=5)", "buzz(sink=2,window=60,threshold=60)"
+    engine = make_engine(start=False, cache_budget=77_824 + 8 * 14_080, parked_budget=0)
+    create(engine, "large", large)
+    ask(engine, LONG, "large")
+    for number in range(10):
+        create(engine, f"s{number}", small)
+        if ask(engine, "hello", f"s{number}").error is not None:
+            break
+    before = state(session(engine, "large"))
+    behind = begin(engine, request(LONG, "large", max_tokens=40)), begin(engine, request("and you?", "s0"))
+    run(engine, *behind)
+    assert isinstance(behind[0].error, errors.BudgetExhausted)
+    assert behind[1].error is None
+    assert same(before, state(session(engine, "large")))
