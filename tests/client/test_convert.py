@@ -181,3 +181,8 @@ def test_values_newer_than_this_client_are_unknown() -> None:
     assert convert.completion(response).finish_reason is FinishReason.UNKNOWN
     assert convert.completion(response).usage.rebuild_reason is RebuildReason.UNKNOWN
     assert convert.session(session_pb2.Session(state=99)).state is State.UNKNOWN  # type: ignore[arg-type]
+
+
+def test_a_stop_string_is_not_its_letters() -> None:
+    assert convert._stopping(Stopping(stop="END")).stop == ["END"]
+    assert convert._stopping(Stopping(stop=["a", "b"])).stop == ["a", "b"]

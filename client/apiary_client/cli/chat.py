@@ -121,10 +121,8 @@ def _resume(client: Client, name: str, policy: str | None) -> Session:
 
 def _names(spec: str, policy: str) -> bool:
     """Whether a policy as a person writes it says nothing else than the server's full form of it."""
-    (name, *settings), (full_name, *full) = (
-        re.findall(r"[\w=]+", text.replace(" ", "")) for text in (spec, policy)
-    )
-    return name == full_name and set(settings) <= set(full)
+    asked, has = (re.findall(r"[\w=]+", text.replace(" ", "")) for text in (spec, policy))
+    return asked[:1] == has[:1] and set(asked) <= set(has)
 
 
 def _pipe(conversation: Conversation) -> None:

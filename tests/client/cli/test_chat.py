@@ -8,6 +8,8 @@ import subprocess
 
 import pytest
 
+from apiary_client.cli.chat import _names
+
 from ..conftest import COMMAND, Run
 from ..fake_worker import FakeWorker, status
 
@@ -138,3 +140,20 @@ def test_a_refused_creation_is_told(apiary: Run, worker: FakeWorker) -> None:
     done = apiary("chat", "--policy", "bees", stdin="hello")
     assert (done.returncode, done.stdout) == (1, "")
     assert "unknown policy 'bees'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spec", "same"),
+    [
+        ("buzz", True),
+        ("buzz(window=64)", True),
+        (" buzz( stride=5, window=64 ) ", True),
+        ("buzz(sink=4,window=64,threshold=128,stride=5)", True),
+        ("buzz(window=65)", False),
+        ("h2o", False),
+        ("buzz(window=64,log_n=512)", False),
+        ("", False),
+    ],
+)
+def test_a_policy_is_recognised_in_its_full_form(spec: str, same: bool) -> None:
+    assert _names(spec, "buzz(sink=4,window=64,threshold=128,stride=5)") is same
