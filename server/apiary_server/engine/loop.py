@@ -137,12 +137,10 @@ class Loop:
                 )
 
     def _refuse_for_memory(self, plan: StepPlan) -> None:
-        """Nothing runs that could give memory back: end a turn for which there is none, if there is one."""
-        starved = [turn for turn in self._scheduler.running if turn.starved]
-        if not starved and (plan.blocked is None or self._scheduler.running):
-            return
-        turn = starved[-1] if starved else plan.blocked
-        if turn is None:
+        """If every turn waits for memory, nobody will give any back: end one of them."""
+        running = self._scheduler.running
+        turn = running[-1] if running else plan.blocked
+        if turn is None or not all(other.starved for other in running):
             return
         pool = self.residency.pool
         self._fail(

@@ -158,7 +158,7 @@ async def test_tls(engine: FakeEngine, certificate: tuple[Path, Path]) -> None:
 
 async def test_tls_files_that_are_none(engine: FakeEngine, tmp_path: Path) -> None:
     noise = tmp_path / "noise.pem"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="tls_cert_file"):
         App(engine, Settings(listen="localhost:0", tls_cert_file=noise, tls_key_file=noise))
     noise.write_text(f"noise of {datetime.date.today()}")
     with pytest.raises(OSError, match="PEM"):
