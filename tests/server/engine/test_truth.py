@@ -84,7 +84,8 @@ def test_full_equals_generate_batched_with_others_joining_and_leaving(
 def test_a_prompt_beyond_the_trained_length_needs_no_more_memory(engine: Engine) -> None:
     ids = engine.tokenize(request("The bees of the apiary fly out at dawn, and at dusk they return. ").input)  # type: ignore[arg-type]
     create(engine, "long")
-    ask(engine, (ids * 300)[:1000], "long", max_tokens=2)
+    for _ in range(2):  # the second overwrites what the first committed: it takes a second slot
+        ask(engine, (ids * 300)[:700], "long", max_tokens=2)
     peak = engine.capacity().peak_bytes
     reader = ask(engine, (ids * 1500)[:20_000], "long", max_tokens=4)
     assert engine.capacity().peak_bytes == peak
@@ -92,7 +93,7 @@ def test_a_prompt_beyond_the_trained_length_needs_no_more_memory(engine: Engine)
     assert len(reader.token_ids) == 4
     assert record(engine, "long").cache is not None
     assert engine.sessions.get("default", "long").entries <= 564
-    assert engine.sessions.get("default", "long").token_count == 21_006
+    assert engine.sessions.get("default", "long").token_count == 21_408
     engine.delete_session("default", "long")
     step(engine)
 

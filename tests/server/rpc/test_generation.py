@@ -100,7 +100,7 @@ async def test_metadata_and_deadline_reach_the_engine(
     timed, untimed = engine.requests
     assert timed.tenant == "bees"
     assert timed.deadline is not None
-    assert 25 < timed.deadline - time.monotonic() <= 30
+    assert 25 < timed.deadline - time.monotonic() <= 31  # the caller's clock is another
     assert timed.trace.headers == {"traceparent": "00-aa-bb-01"}
     assert (untimed.tenant, untimed.deadline) == ("default", None)
 
