@@ -74,6 +74,11 @@ class Policy(ABC):
         """The most entries that a session's layer holds at rest, after compaction."""
 
     @property
+    def evicts(self) -> bool:
+        """Whether it makes room past its bound; if not, its user must refuse what does not fit."""
+        return self.due(self.bound + 1, 0)
+
+    @property
     def accumulates(self) -> bool:
         """Whether scores accumulate over segments; if not, they restart at 0 when a segment begins."""
         return True

@@ -43,9 +43,8 @@ class Layouts:
             policy = parse(self._default if spec is None else spec).resolve(self._max_positions)
         except PolicyError as error:
             raise InvalidField([("policy", str(error))]) from error
-        evicts = policy.due(policy.bound + 1, 0)
-        capacity = policy.bound + self._slack if evicts else policy.bound
-        if evicts and capacity > self.workspace_entries:
+        capacity = policy.bound + self._slack if policy.evicts else policy.bound
+        if policy.evicts and capacity > self.workspace_entries:
             raise InvalidField(
                 [
                     (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,9 +42,3 @@ def make_engine(tiny_model: Path) -> Iterator[Callable[..., Engine]]:
     yield make
     for engine in engines:
         engine.stop(grace=0)
-
-
-@pytest.fixture
-async def loop() -> asyncio.AbstractEventLoop:
-    """The running event loop."""
-    return asyncio.get_running_loop()

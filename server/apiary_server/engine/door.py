@@ -69,8 +69,7 @@ class Door:
         cache = session.cache  # once: a delete may take it away meanwhile
         entries = cache.n if cache is not None else 0
         bound = session.policy.bound
-        evicts = session.policy.due(bound + 1, 0)
-        if not evicts and entries + len(tokens) > bound:
+        if not session.policy.evicts and entries + len(tokens) > bound:
             raise ContextFull(
                 f"{len(tokens)} more tokens do not fit: the session's cache keeps {entries} and its policy "
                 f"{session.policy} holds at most {bound}; send less, or use a policy that evicts, like buzz",

@@ -46,11 +46,6 @@ class Transaction:
         return place
 
     @property
-    def in_workspace(self) -> bool:
-        """Whether the turn holds a workspace."""
-        return self._workspace is not None
-
-    @property
     def full(self) -> bool:
         """Whether no further token fits (a cache that evicts always has room)."""
         return self.cache.n >= self._session.layout.capacity
