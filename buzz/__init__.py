@@ -1,17 +1,19 @@
 """Bounded KV caches for transformers: policies, the cache, re-rotation and attention with score mass."""
 
-from buzz.attention import attend_chunk, attend_decode
-from buzz.cache import Buffers, Cache, CacheState
+from buzz.attention import Record, attend_chunk, attend_decode
+from buzz.buffers import Buffers
+from buzz.cache import Cache, CacheState
 from buzz.policies.buzz import Buzz
 from buzz.policies.full import Full
 from buzz.policies.h2o import H2O
 from buzz.policies.streaming import Streaming
-from buzz.policy import Compaction, Policy, PolicyError, Positions
+from buzz.policy import MAX_STATES, Compaction, Policy, PolicyError, Positions, State, View
 from buzz.registry import names, parse, register
 from buzz.rotary import Rotary
 
 __all__ = [
     "H2O",
+    "MAX_STATES",
     "Buffers",
     "Buzz",
     "Cache",
@@ -21,8 +23,11 @@ __all__ = [
     "Policy",
     "PolicyError",
     "Positions",
+    "Record",
     "Rotary",
+    "State",
     "Streaming",
+    "View",
     "attend_chunk",
     "attend_decode",
     "names",

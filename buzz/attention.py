@@ -1,4 +1,4 @@
-"""Causal attention over a bounded cache that also tells how much weight each key received.
+"""Causal attention over a bounded cache that also records what policies want to know about it.
 
 Both functions run without gradients, serve grouped query heads (query head i reads KV head
 i // group), take their softmax in float32 at least, and compute their products in the wider of the
@@ -8,11 +8,28 @@ queries' and the cache's dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from buzz.policy import State
+
 _LOGITS = 2**18  # at a time: memory stays bounded, and a CPU keeps them in its cache
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where attention records one state of the entries, in place.
+
+    Attributes:
+        state: what is recorded.
+        into: `[kv_heads, n]` for a chunk, `[B, kv_heads, N]` for decoding; any strides.
+    """
+
+    state: State
+    into: Tensor
 
 
 @torch.no_grad()
@@ -21,18 +38,19 @@ def attend_chunk(
     keys: Tensor,
     values: Tensor,
     scale: float,
-    mass: Tensor | None = None,
+    records: Sequence[Record] = (),
+    seen: int = 0,
     log_n: int | None = None,
 ) -> Tensor:
     """Attention of one session's new tokens to its cache, themselves included.
 
     Args:
-        query: floating `[query_heads, T, head_dim]`, the last T of the n tokens.
+        query: floating `[query_heads, T, head_dim]`, the last T of the n entries.
         keys: `[kv_heads, n, head_dim]`; any strides.
         values: `[kv_heads, n, head_dim]`; any strides.
         scale: factor on the logits.
-        mass: float32 or wider `[kv_heads, n]`; grows in place by each key's softmax weights, summed over
-            the queries and over the query heads of its group.
+        records: what to record of the n entries.
+        seen: tokens of the session before these, for votes.
         log_n: multiply a query's logits by `max(1, log(m) / log(log_n))`, m the keys in its view.
 
     Returns:
@@ -41,8 +59,8 @@ def attend_chunk(
     query_heads, count, head_dim = query.shape
     kv_heads, n, _ = keys.shape
     compute, wide = _dtypes(query, keys)
-    seen = torch.arange(n - count + 1, n + 1, device=query.device)
-    grouped = _scaled(query, scale, seen, log_n, wide).to(compute).view(kv_heads, -1, count, head_dim)
+    in_view = torch.arange(n - count + 1, n + 1, device=query.device)
+    grouped = _scaled(query, scale, in_view, log_n, wide).to(compute).view(kv_heads, -1, count, head_dim)
     keys, values = keys.to(compute), values.to(compute)
     output = query.new_empty(kv_heads, grouped.shape[1], count, head_dim)
     most = max(16, _LOGITS // (query_heads * n))
@@ -53,10 +71,15 @@ def attend_chunk(
         logits = torch.bmm(block, keys[:, :view].transpose(1, 2)).to(wide).view(kv_heads, -1, rows, view)
         future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
         logits[..., view - rows :].masked_fill_(future, float("-inf"))
-        weights = logits.softmax(dim=-1).view(kv_heads, -1, view)
-        if mass is not None:
-            mass[:, :view] += weights.sum(dim=1)
-        attended = torch.bmm(weights.to(compute), values[:, :view])
+        weights = logits.softmax(dim=-1)
+        for record in records:
+            into = record.into[:, :view]
+            if record.state.kind == "mass":
+                _add_mass(into, weights, record.state.decay)
+            else:
+                _vote(into, weights, in_view[start : start + rows, None], seen + start)
+        weights = weights.view(kv_heads, -1, view).to(compute)
+        attended = torch.bmm(weights, values[:, :view])
         output[:, :, start : start + rows] = attended.view(kv_heads, -1, rows, head_dim)
     return output.view(query_heads, count, head_dim)
 
@@ -68,13 +91,14 @@ def attend_decode(
     values: Tensor,
     lengths: Tensor,
     scale: float,
-    mass: Tensor | None = None,
+    records: Sequence[Record] = (),
+    seen: Tensor | None = None,
     log_n: int | None = None,
 ) -> Tensor:
     """Attention of one new token in each of B sessions to that session's cache, itself included.
 
     Keys and values are read where they lie, at any stride: a batch over slots of a pool is not copied.
-    Memory beyond a row's length may hold anything, NaN included.
+    Memory beyond a row's length may hold anything, NaN included; what is recorded there means nothing.
 
     Args:
         query: floating `[B, query_heads, head_dim]`.
@@ -83,8 +107,8 @@ def attend_decode(
         lengths: int64 `[B]` on the queries' device, each at least 1: row b attends to its first
             `lengths[b]` entries.
         scale: factor on the logits.
-        mass: float32 or wider `[B, kv_heads, N]`, any strides; grows in place by each key's softmax
-            weights, summed over the query heads of its group.
+        records: what to record of the entries.
+        seen: int64 `[B]`, tokens of each session before this one; required for votes.
         log_n: multiply a row's logits by `max(1, log(length) / log(log_n))`.
 
     Returns:
@@ -107,8 +131,14 @@ def attend_decode(
     for q, k, out in zip(grouped, keys, logits, strict=True):
         torch.bmm(q, k.to(compute).transpose(1, 2), out=out)
     weights = logits.to(wide).masked_fill_(beyond, float("-inf")).softmax(dim=-1)
-    if mass is not None:
-        mass += (weights.transpose(0, 1) if swap else weights).sum(dim=2)
+    for record in records:
+        by_row = weights.transpose(0, 1) if swap else weights
+        if record.state.kind == "mass":
+            _add_mass(record.into, by_row.unsqueeze(3), record.state.decay)
+        elif seen is not None:
+            _vote(record.into, by_row.unsqueeze(3), lengths.view(-1, 1, 1, 1, 1), seen.view(-1, 1, 1))
+        else:
+            raise ValueError("votes need the tokens seen before")
     weights = weights.to(compute)
     output = torch.empty(grouped.shape, dtype=compute, device=query.device)
     for w, v, out in zip(weights, values, output, strict=True):
@@ -117,6 +147,28 @@ def attend_decode(
         output, weights, values = (t.transpose(0, 1) for t in (output, weights, values))
     _forget_garbage(output, weights, values, lengths)
     return output.reshape(batch, query_heads, head_dim).to(query.dtype)
+
+
+def _add_mass(into: Tensor, weights: Tensor, decay: float) -> None:
+    """Add weights `[..., kv_heads, group, rows, n]` to `into` `[..., kv_heads, n]`, older rows decayed."""
+    rows = weights.shape[-2]
+    if decay == 1:
+        into += weights.sum(dim=(-3, -2))
+        return
+    factors = decay ** torch.arange(rows - 1, -1, -1, device=weights.device, dtype=weights.dtype)
+    torch.add((factors @ weights).sum(dim=-2), into, alpha=decay**rows, out=into)
+
+
+def _vote(into: Tensor, weights: Tensor, in_view: Tensor, seen: int | Tensor) -> None:
+    """Set `into` `[..., kv_heads, n]` to the token of the last row to which an entry mattered.
+
+    Weights are `[..., kv_heads, group, rows, n]`; `in_view`, the keys that each row sees, `[..., rows, 1]`.
+    """
+    rows = weights.shape[-2]
+    mattered = (weights * in_view >= 1).any(dim=-3)
+    row = torch.arange(1, rows + 1, device=weights.device, dtype=into.dtype).unsqueeze(-1)
+    last = (mattered * row).amax(dim=-2)  # 0: to none
+    into.copy_(torch.where(last > 0, (last + (seen - 1)).to(into.dtype), into))
 
 
 def _forget_garbage(output: Tensor, weights: Tensor, values: Tensor, lengths: Tensor) -> None:
@@ -137,10 +189,10 @@ def _dtypes(query: Tensor, keys: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return compute, torch.promote_types(compute, torch.float32)
 
 
-def _scaled(query: Tensor, scale: float, seen: Tensor, log_n: int | None, wide: torch.dtype) -> Tensor:
-    """Queries `[..., head_dim]` times scale and, if asked, the log-n factor of the keys `seen` (`[...]`)."""
+def _scaled(query: Tensor, scale: float, in_view: Tensor, log_n: int | None, wide: torch.dtype) -> Tensor:
+    """Queries `[..., head_dim]` times scale and, if asked, the log-n factor of the keys in view (`[...]`)."""
     scaled = query.to(wide) * scale
     if log_n is None:
         return scaled
-    factor = (seen.to(wide).log() / math.log(log_n)).clamp_(min=1)
+    factor = (in_view.to(wide).log() / math.log(log_n)).clamp_(min=1)
     return scaled * factor.unsqueeze(-1)

@@ -3,78 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from buzz.policy import Policy
+from buzz.attention import Record
+from buzz.buffers import Buffers
+from buzz.policy import Compaction, Policy, View
 from buzz.rotary import Rotary
-
-
-@dataclass
-class Buffers:
-    """Memory for a session's entries, L layers of H KV heads: fresh tensors, or views into a pool's slot.
-
-    Attributes:
-        keys: floating `[L, H, C, head_dim]`, rotated.
-        values: floating `[L, H, C, head_dim]`.
-        position: int32 `[L, H, C]`, each entry's original token position.
-        score: float32 or wider `[L, H, C]`, or None for policies that are not `scored`.
-    """
-
-    keys: Tensor
-    values: Tensor
-    position: Tensor
-    score: Tensor | None
-
-    @classmethod
-    def empty(
-        cls,
-        layers: int,
-        kv_heads: int,
-        capacity: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        scored: bool,
-    ) -> Self:
-        """Fresh zeroed memory for `capacity` entries; scores in float32, or float64 where `dtype` is."""
-        shape = (layers, kv_heads, capacity)
-        wide = torch.promote_types(dtype, torch.float32)
-        return cls(
-            keys=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-            values=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-            position=torch.zeros(shape, dtype=torch.int32, device=device),
-            score=torch.zeros(shape, dtype=wide, device=device) if scored else None,
-        )
-
-    @property
-    def capacity(self) -> int:
-        """Entries that fit."""
-        return self.keys.shape[2]
-
-    def copy_from(self, source: Buffers, n: int) -> None:
-        """Copy the first `n` entries of `source`; scores where both have them.
-
-        Raises:
-            ValueError: they do not fit.
-        """
-        self.require(n)
-        self.keys[:, :, :n] = source.keys[:, :, :n]
-        self.values[:, :, :n] = source.values[:, :, :n]
-        self.position[:, :, :n] = source.position[:, :, :n]
-        if self.score is not None and source.score is not None:
-            self.score[:, :, :n] = source.score[:, :, :n]
-
-    def require(self, n: int) -> None:
-        """Check that `n` entries fit.
-
-        Raises:
-            ValueError: they do not.
-        """
-        if n > self.capacity:
-            raise ValueError(f"{n} entries do not fit a capacity of {self.capacity}")
 
 
 @dataclass(frozen=True)
@@ -100,7 +36,7 @@ class Cache:
             cache.prepare(step)
             ...                                 # rotate queries and keys to cache.next_positions(step),
             ...                                 # write keys and values at [n, n + step) of each layer,
-            ...                                 # attend with mass=cache.buffers.score[layer, :, :n + step]
+            ...                                 # attend with records=cache.records(layer, n + step)
             cache.append(step)
         evicted = cache.end_segment()
 
@@ -124,7 +60,7 @@ class Cache:
         rotated_in_cache: whether keys are rotated to in-cache indices (else to original positions).
 
     Raises:
-        ValueError: the policy needs scores and the buffers have none.
+        ValueError: the buffers lack a state that the policy needs.
     """
 
     def __init__(self, policy: Policy, rotary: Rotary, buffers: Buffers) -> None:
@@ -148,7 +84,7 @@ class Cache:
         return not self.rotated_in_cache and self.seen + count > self.rotary.max_positions
 
     def begin_segment(self, count: int) -> None:
-        """Open a segment of `count` tokens: change positions over and restart scores where that is due.
+        """Open a segment of `count` tokens: change positions over and restart masses where that is due.
 
         Raises:
             ValueError: the tokens would get positions that the model was not trained for.
@@ -164,8 +100,10 @@ class Cache:
                 live = keys[:, : self.n]
                 live.copy_(self.rotary.rotate(live, index - position[:, : self.n]))
             self.rotated_in_cache = True
-        if self.buffers.score is not None and not self.policy.accumulates:
-            self.buffers.score[:, :, : self.n] = 0
+        if not self.policy.accumulates:
+            for state in self.policy.states:
+                if state.kind == "mass":
+                    self.buffers.state[state.name][:, :, : self.n] = 0
 
     def next_positions(self, count: int) -> range:
         """The rotary positions of the next `count` tokens."""
@@ -173,10 +111,10 @@ class Cache:
         return range(start, start + count)
 
     def prepare(self, count: int) -> None:
-        """Make room for a step's `count` tokens: records their positions, and their scores start at 0.
+        """Make room for a step's `count` tokens: notes their positions, and starts their states.
 
         Changes nothing that lives, so a step that fails in between leaves the cache as it was, but for
-        the score mass that it may have added.
+        the states that it may have changed.
 
         Raises:
             ValueError: they do not fit the memory.
@@ -187,8 +125,16 @@ class Cache:
         position[:, :, self.n : end] = torch.arange(
             self.seen, self.seen + count, dtype=position.dtype, device=position.device
         )
-        if self.buffers.score is not None:
-            self.buffers.score[:, :, self.n : end] = 0
+        for state in self.policy.states:
+            fresh = self.buffers.state[state.name][:, :, self.n : end]
+            if state.kind == "vote":
+                fresh.copy_(position[:, :, self.n : end])
+            else:
+                fresh.zero_()
+
+    def records(self, layer: int, end: int) -> list[Record]:
+        """What attention over the first `end` entries of a layer must record."""
+        return [Record(s, self.buffers.state[s.name][layer, :, :end]) for s in self.policy.states]
 
     def append(self, count: int) -> None:
         """Count the entries that a step wrote at `[n, n + count)` of each layer."""
@@ -205,7 +151,7 @@ class Cache:
             Entries evicted from each layer and head.
 
         Raises:
-            ValueError: the survivors do not fit `into`, or it lacks the scores that the policy needs;
+            ValueError: the survivors do not fit `into`, or it lacks a state that the policy needs;
                 nothing has changed then.
         """
         if not self.due:
@@ -213,23 +159,14 @@ class Cache:
                 self.copy_to(into)
             return 0
         target = self.buffers if into is None else into
-        n, sampled, score = self.n, self.sampled, self.buffers.score
-        score = score[:, :, :n] if score is not None and self.policy.scored else None
-        keep = torch.arange(n, device=self.buffers.keys.device).expand(*self.buffers.keys.shape[:2], n)
-        while self.policy.due(n, sampled):
-            step = self.policy.compact(n, sampled, score)
-            keep = keep.gather(-1, step.index.to(keep.device).expand(*keep.shape[:2], -1))
-            if (keep.shape[-1], step.sampled) == (n, sampled):
-                raise RuntimeError(
-                    f"policy {self.policy} is due at {n} entries and its compaction changes nothing"
-                )
-            n, sampled, score = keep.shape[-1], step.sampled, step.score
+        outcome = self._compact()
+        n = outcome.index.shape[-1]
         self._require(target, n)
-        self._gather(keep, target)
-        if target.score is not None and score is not None:
-            target.score[:, :, :n] = score
+        self._gather(outcome, target)
+        for name, kept in outcome.state.items():
+            target.state[name][:, :, :n] = kept
         evicted = self.n - n
-        self.buffers, self.n, self.sampled = target, n, sampled
+        self.buffers, self.n, self.sampled = target, n, outcome.sampled
         self.evicted += evicted
         return evicted
 
@@ -237,7 +174,7 @@ class Cache:
         """Move to other memory: the live entries are copied, and the cache lives in `into` from now on.
 
         Raises:
-            ValueError: they do not fit, or `into` lacks the scores that the policy needs; nothing has
+            ValueError: they do not fit, or `into` lacks a state that the policy needs; nothing has
                 changed then.
         """
         self._require(into, self.n)
@@ -246,7 +183,7 @@ class Cache:
 
     def state(self) -> CacheState:
         """The counts as they are. They are a checkpoint together with what the caller copies aside:
-        scores before the next step, keys before `changes_over` or `due`, values and positions before
+        states before the next step, keys before `changes_over` or `due`, values and positions before
         `due`; plain appending changes nothing else of the first `n` entries.
         """
         return CacheState(self.n, self.sampled, self.seen, self.evicted, self.rotated_in_cache)
@@ -261,21 +198,77 @@ class Cache:
 
     def _require(self, buffers: Buffers, n: int) -> None:
         buffers.require(n)
-        if self.policy.scored and buffers.score is None:
-            raise ValueError(f"policy {self.policy} needs scores, and the buffers have none")
+        missing = {state.name for state in self.policy.states} - buffers.state.keys()
+        if missing:
+            raise ValueError(f"policy {self.policy} needs the state {min(missing)!r}, which the buffers lack")
 
-    def _gather(self, keep: Tensor, target: Buffers) -> None:
-        """Write the entries `keep` (int64 `[L, H, m]`) to the front of `target`, keys at their new positions.
+    def _compact(self) -> Compaction:
+        """Apply the rule until it is content; index is then `[L, H, m]`, and all the states are given."""
+        buffers, n = self.buffers, self.n
+        state = {s.name: buffers.state[s.name][:, :, :n] for s in self.policy.states}
+        view = View(self.sampled, self.seen, buffers.position[:, :, :n], state)
+        keep, merge = view.span(0, n), None
+        while self.policy.due(view.n, view.sampled):
+            step = self.policy.compact(view)
+            index = step.index.to(keep.device).expand(*keep.shape[:2], -1)
+            if (index.shape[-1], step.sampled) == (view.n, view.sampled):
+                raise RuntimeError(
+                    f"policy {self.policy} is due at {view.n} entries and its compaction changes nothing"
+                )
+            keep = keep.gather(-1, index)
+            if step.merge is not None:
+                goal = step.merge
+                merge = (
+                    goal if merge is None else goal.gather(-1, merge.clamp(min=0)).where(merge >= 0, merge)
+                )
+            state = {name: step.state.get(name, old.gather(-1, index)) for name, old in view.state.items()}
+            view = View(step.sampled, self.seen, view.position.gather(-1, index), state)
+        return Compaction(keep, view.sampled, view.state, merge)
+
+    def _gather(self, outcome: Compaction, target: Buffers) -> None:
+        """Write the survivors to the front of `target`, keys at their new positions.
 
         One layer at a time, so that temporary memory stays a layer's.
         """
-        source, m = self.buffers, keep.shape[-1]
+        source, keep = self.buffers, outcome.index
         heads = torch.arange(keep.shape[1], device=keep.device).unsqueeze(1)
+        m = keep.shape[-1]
         delta = torch.arange(m, device=keep.device) - keep
         for layer, index in enumerate(keep):
-            keys = source.keys[layer][heads, index]
+            if outcome.merge is None:
+                keys, values = source.keys[layer][heads, index], source.values[layer][heads, index]
+            else:
+                keys, values = self._merged(layer, index, outcome.merge[layer])
             if self.rotated_in_cache:
                 keys = self.rotary.rotate(keys, delta[layer])
             target.keys[layer, :, :m] = keys
-            target.values[layer, :, :m] = source.values[layer][heads, index]
+            target.values[layer, :, :m] = values
             target.position[layer, :, :m] = source.position[layer][heads, index]
+
+    def _merged(self, layer: int, index: Tensor, merge: Tensor) -> tuple[Tensor, Tensor]:
+        """The survivors `index` `[H, m]` of a layer as means of what `merge` `[H, n]` gives them.
+
+        Keys are moved to their survivor's position first: the mean of keys at different positions would
+        mean nothing.
+        """
+        buffers, n = self.buffers, self.n
+        joins = merge >= 0
+        goal = merge.clamp(min=0)
+        if self.rotated_in_cache:
+            place = torch.arange(n, device=merge.device).expand_as(merge)
+        else:
+            place = buffers.position[layer, :, :n].long()
+        delta = place.gather(-1, index).gather(-1, goal) - place
+        keys = self.rotary.rotate(buffers.keys[layer, :, :n], delta)
+        count = torch.zeros(index.shape, device=merge.device, dtype=torch.int64).scatter_add_(
+            -1, goal, joins.long()
+        )
+
+        def mean(entries: Tensor) -> Tensor:
+            wide = entries.to(torch.promote_types(entries.dtype, torch.float32))
+            wide = wide.masked_fill(~joins.unsqueeze(-1), 0)  # what is dropped may be anything
+            total = wide.new_zeros(*index.shape, entries.shape[-1])
+            total.scatter_add_(-2, goal.unsqueeze(-1).expand_as(wide), wide)
+            return (total / count.unsqueeze(-1)).to(entries.dtype)
+
+        return mean(keys), mean(buffers.values[layer, :, :n])

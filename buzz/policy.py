@@ -2,36 +2,95 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 Positions = Literal["in_cache", "original"]
 MAX_BOUND = 2**20
+MAX_STATES = 2  # that a policy may declare: workspaces serve all policies, and have room for so many
 
 
 class PolicyError(ValueError):
     """A policy's settings, or its specification, make no sense; the message says which and why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class State:
+    """What attention records of each entry for a policy: four bytes an entry and KV head.
+
+    Attributes:
+        name: how the policy's rule finds it in its view.
+        kind: `mass`, float32: the softmax weights that the key received, summed over the queries and over
+            the query heads that share it; an entry starts at 0. `vote`, int32: the index of the last token
+            to whose query, in any of those heads, the key mattered (its weight was at least the mean, one
+            over the keys in view); an entry starts at its own token.
+        decay: `mass` only: what is there is multiplied by this before each query's weights are added, so
+            that 1 is a sum and less forgets. Above 0 and at most 1.
+    """
+
+    name: str
+    kind: Literal["mass", "vote"] = "mass"
+    decay: float = 1.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """How it is stored; tests in float64 store masses wider."""
+        return torch.float32 if self.kind == "mass" else torch.int32
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A cache at a segment's end, as a policy's rule sees it: all layers and heads at once, read only.
+
+    Attributes:
+        sampled: middle entries that an earlier compaction sampled; what that means is the policy's.
+        seen: tokens ever appended.
+        position: int32 `[..., kv_heads, n]`, each entry's original token position.
+        state: by name, `[..., kv_heads, n]`: what the policy declared in `states`.
+    """
+
+    sampled: int
+    seen: int
+    position: Tensor
+    state: Mapping[str, Tensor]
+
+    @property
+    def n(self) -> int:
+        """Entries in each layer and head."""
+        return self.position.shape[-1]
+
+    def span(self, first: int, last: int, step: int = 1) -> Tensor:
+        """The entries `first, first + step, ...` before `last` in every head: int64 `[..., kv_heads, m]`."""
+        index = torch.arange(first, last, step, device=self.position.device)
+        return index.expand(*self.position.shape[:-1], -1)
+
+
+@dataclass(frozen=True, slots=True)
 class Compaction:
     """What one application of a policy's rule decided: pure data.
 
     Attributes:
         index: int64 `[..., kv_heads, m]`, or `[m]` where all heads keep the same: which of the `n`
             entries survive, strictly ascending.
-        score: `[..., kv_heads, m]`, the survivors' scores with the rule's restarts applied; None where
-            the policy does not use scores.
         sampled: how many middle entries are now already sampled.
+        state: by name, `[..., kv_heads, m]`: the survivors' states where the rule changes them; the others
+            stay as they are.
+        merge: int64 `[..., kv_heads, n]`: for each entry the survivor (a place in `index`) whose key and
+            value become the mean of its own and those merged into it; a survivor has its own place, and -1
+            is dropped for good. None: nothing is merged.
     """
 
     index: Tensor
-    score: Tensor | None
-    sampled: int
+    sampled: int = 0
+    state: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    merge: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +105,7 @@ class Policy(ABC):
             model's trained length. `original`: a survivor keeps its own position until the session is
             as long as the trained length, then changes over once.
         name: the policy's name in specifications such as `buzz(window=300)`.
-        scored: whether the rule reads scores (the attention mass that each key received).
+        sizes: the settings that share the bound, beside what is fixed; `sized` scales them.
 
     Raises:
         PolicyError: a value has the wrong type or is out of range.
@@ -55,7 +114,7 @@ class Policy(ABC):
     positions: Positions = "in_cache"
 
     name: ClassVar[str]
-    scored: ClassVar[bool]
+    sizes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -74,13 +133,18 @@ class Policy(ABC):
         """The most entries that a session's layer holds at rest, after compaction."""
 
     @property
+    def states(self) -> tuple[State, ...]:
+        """What attention must record of each entry for the rule: at most `MAX_STATES`."""
+        return ()
+
+    @property
     def evicts(self) -> bool:
         """Whether it makes room past its bound; if not, its user must refuse what does not fit."""
         return self.due(self.bound + 1, 0)
 
     @property
     def accumulates(self) -> bool:
-        """Whether scores accumulate over segments; if not, they restart at 0 when a segment begins."""
+        """Whether masses accumulate over segments; if not, they restart at 0 when a segment begins."""
         return True
 
     @property
@@ -93,14 +157,20 @@ class Policy(ABC):
         """Whether a cache of `n` entries, `sampled` of them sampled already, must be compacted."""
 
     @abstractmethod
-    def compact(self, n: int, sampled: int, score: Tensor | None) -> Compaction:
-        """Apply the rule once; the caller repeats while `due`.
+    def compact(self, view: View) -> Compaction:
+        """Apply the rule once; the caller repeats while `due`."""
 
-        Args:
-            n: entries in each layer and head.
-            sampled: how many middle entries an earlier compaction sampled.
-            score: floating `[..., kv_heads, n]`; not changed. Required if the policy is `scored`.
+    def sized(self, bound: int) -> Self:
+        """This policy at another bound: its `sizes` in proportion, all else as it is.
+
+        Raises:
+            PolicyError: nothing is left for a size, or the sizes no longer fit together.
         """
+        total = sum(getattr(self, name) for name in self.sizes)
+        rest = bound - (self.bound - total)
+        scaled = {name: getattr(self, name) * rest // total for name in self.sizes}
+        scaled[self.sizes[-1]] += rest - sum(scaled.values())
+        return dataclasses.replace(self, **scaled)
 
     def resolve(self, max_positions: int) -> Self:
         """This policy for a model that was trained for `max_positions` positions.

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
-from buzz.policy import Compaction, Policy, PolicyError
+from buzz.policy import Compaction, Policy, PolicyError, State, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,7 @@ class Buzz(Policy):
     log_n: int | None = None
 
     name: ClassVar[str] = "buzz"
-    scored: ClassVar[bool] = True
+    sizes: ClassVar[tuple[str, ...]] = ("window", "threshold")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,28 +63,27 @@ class Buzz(Policy):
         return self.sink + self.window + self.threshold
 
     @property
+    def states(self) -> tuple[State, ...]:
+        return (State("score"),)
+
+    @property
     def accumulates(self) -> bool:
         return self.accumulate
 
     def due(self, n: int, sampled: int) -> bool:
         return n - self.sink - self.window > self.threshold
 
-    def compact(self, n: int, sampled: int, score: Tensor | None) -> Compaction:
-        """Thin the middle once: index and score `[..., kv_heads, m]`, m a function of n and sampled."""
-        if score is None:
-            raise ValueError("buzz compacts by score, and none was given")
-        start, end = self.sink + sampled, n - self.window  # of the new middle entries
-
-        def spaced(first: int, last: int, step: int = 1) -> Tensor:
-            return torch.arange(first, last, step, device=score.device).expand(*score.shape[:-1], -1)
-
-        old = spaced(self.sink, start, (self.stride + 1) // 2)
-        new = spaced(start, end, self.stride)
+    def compact(self, view: View) -> Compaction:
+        """Thin the middle once."""
+        start, end = self.sink + view.sampled, view.n - self.window  # of the new middle entries
+        old = view.span(self.sink, start, (self.stride + 1) // 2)
+        new = view.span(start, end, self.stride)
+        score = view.state["score"]
         if self.local_max:
             cells = new.shape[-1]
             padded = pad(score[..., start:end], (0, cells * self.stride - (end - start)), value=float("-inf"))
             new = new + padded.view(*padded.shape[:-1], cells, self.stride).argmax(dim=-1)
-        index = torch.cat([spaced(0, self.sink), old, new, spaced(end, n)], dim=-1)
+        index = torch.cat([view.span(0, self.sink), old, new, view.span(end, view.n)], dim=-1)
         kept = score.gather(-1, index)
         kept[..., : self.sink + old.shape[-1]] = 0
-        return Compaction(index, kept, old.shape[-1] + new.shape[-1])
+        return Compaction(index, old.shape[-1] + new.shape[-1], {"score": kept})

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
 
-from buzz.policy import Compaction, Policy, PolicyError
+from buzz.policy import Compaction, Policy, PolicyError, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class Full(Policy):
     bound: int | None = None  # type: ignore[assignment]  # an int for everyone after `resolve`
 
     name: ClassVar[str] = "full"
-    scored: ClassVar[bool] = False
+    sizes: ClassVar[tuple[str, ...]] = ("bound",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,9 +32,9 @@ class Full(Policy):
     def due(self, n: int, sampled: int) -> bool:
         return False
 
-    def compact(self, n: int, sampled: int, score: Tensor | None) -> Compaction:
-        """Keep all `n`: index `[n]`."""
-        return Compaction(torch.arange(n), None, sampled)
+    def compact(self, view: View) -> Compaction:
+        """Keep all."""
+        return Compaction(torch.arange(view.n), view.sampled)
 
     def resolve(self, max_positions: int) -> Self:
         """This policy with a concrete bound.

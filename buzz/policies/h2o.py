@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from buzz.policy import Compaction, Policy, PolicyError
+from buzz.policy import Compaction, Policy, PolicyError, State, View
+from buzz.ranking import top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class H2O(Policy):
     block: int = -1
 
     name: ClassVar[str] = "h2o"
-    scored: ClassVar[bool] = True
+    sizes: ClassVar[tuple[str, ...]] = ("heavy", "recent")
 
     def __post_init__(self) -> None:
         if self.block == -1:
@@ -47,17 +47,15 @@ class H2O(Policy):
     def bound(self) -> int:
         return self.heavy + self.recent
 
+    @property
+    def states(self) -> tuple[State, ...]:
+        return (State("score"),)
+
     def due(self, n: int, sampled: int) -> bool:
         return n > self.bound
 
-    def compact(self, n: int, sampled: int, score: Tensor | None) -> Compaction:
-        """Keep heavy hitters and recent: index and score `[..., kv_heads, bound + 1 - block]`."""
-        if score is None:
-            raise ValueError("h2o compacts by score, and none was given")
-        older = n - self.recent
-        # topk breaks ties as it likes; a stable sort lets the first win on every device
-        ranked = score[..., :older].argsort(dim=-1, descending=True, stable=True)
-        heavy = ranked[..., : self.heavy + 1 - self.block].sort(dim=-1).values
-        recent = torch.arange(older, n, device=score.device).expand(*score.shape[:-1], -1)
-        index = torch.cat([heavy, recent], dim=-1)
-        return Compaction(index, score.gather(-1, index), sampled)
+    def compact(self, view: View) -> Compaction:
+        """Keep heavy hitters and recent: `bound + 1 - block` entries."""
+        older = view.n - self.recent
+        heavy = top(view.state["score"][..., :older], self.heavy + 1 - self.block)
+        return Compaction(torch.cat([heavy, view.span(older, view.n)], dim=-1))

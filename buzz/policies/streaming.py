@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from buzz.policy import Compaction, Policy, PolicyError
+from buzz.policy import Compaction, Policy, PolicyError, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class Streaming(Policy):
     block: int = -1
 
     name: ClassVar[str] = "streaming"
-    scored: ClassVar[bool] = False
+    sizes: ClassVar[tuple[str, ...]] = ("window",)
 
     def __post_init__(self) -> None:
         if self.block == -1:
@@ -49,8 +48,8 @@ class Streaming(Policy):
     def due(self, n: int, sampled: int) -> bool:
         return n > self.bound
 
-    def compact(self, n: int, sampled: int, score: Tensor | None) -> Compaction:
+    def compact(self, view: View) -> Compaction:
         """Keep the sink and the most recent: index `[bound + 1 - block]`, the same for all heads."""
         recent = self.window + 1 - self.block
-        index = torch.cat([torch.arange(self.sink), torch.arange(n - recent, n)])
-        return Compaction(index, None, sampled)
+        index = torch.cat([torch.arange(self.sink), torch.arange(view.n - recent, view.n)])
+        return Compaction(index)

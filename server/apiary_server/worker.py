@@ -54,7 +54,7 @@ class Layouts:
                     )
                 ]
             )
-        layout = SlotLayout(self._geometry, capacity, policy.scored)
+        layout = SlotLayout(self._geometry, capacity, len(policy.states))
         if self.pool is not None and self.pool.places(layout) <= self._reserve:
             raise InvalidField(
                 [

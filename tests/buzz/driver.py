@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from buzz import H2O, Buffers, Buzz, Cache, Policy, Rotary, Streaming, attend_chunk, attend_decode
+from buzz import H2O, Buffers, Buzz, Cache, Policy, Record, Rotary, Streaming, attend_chunk, attend_decode
 from tests.buzz import naive
 
 
@@ -55,7 +55,7 @@ class Driver:
     def memory(self, capacity: int) -> Buffers:
         shape = self.shape
         size = (shape.layers, shape.kv_heads, capacity, shape.head_dim)
-        buffers = Buffers.empty(*size, shape.dtype, "cpu", self.policy.scored)
+        buffers = Buffers.empty(*size, shape.dtype, "cpu", self.policy.states)
         buffers.keys.fill_(torch.nan)  # nothing may depend on memory that was never written
         return buffers
 
@@ -101,14 +101,15 @@ class Driver:
             buffers.keys[layer, :, start:end] = self.rotary.rotate(k, positions)
             buffers.values[layer, :, start:end] = v
             keys, values = buffers.keys[layer, :, :end], buffers.values[layer, :, :end]
-            mass = None if buffers.score is None else buffers.score[layer, :, :end]
+            records = cache.records(layer, end)
             scale, log_n = shape.head_dim**-0.5, self.policy.log_n
             if count == 1:
                 batch = (t.unsqueeze(0) for t in (q[:, 0], keys, values))
-                mass = None if mass is None else mass.unsqueeze(0)
-                out = attend_decode(*batch, torch.tensor([end]), scale, mass, log_n).transpose(0, 1)
+                records = [Record(record.state, record.into.unsqueeze(0)) for record in records]
+                seen = torch.tensor([cache.seen])
+                out = attend_decode(*batch, torch.tensor([end]), scale, records, seen, log_n).transpose(0, 1)
             else:
-                out = attend_chunk(q, keys, values, scale, mass, log_n)
+                out = attend_chunk(q, keys, values, scale, records, cache.seen, log_n)
             outputs.append(out)
         cache.append(count)
         return torch.stack(outputs).permute(2, 0, 1, 3)
@@ -149,8 +150,8 @@ def assert_same(driver: Driver, oracle: naive.Session) -> None:
         return
     kept = [[[entry.position for entry in head] for head in layer] for layer in oracle.entries]
     np.testing.assert_array_equal(driver.positions(), kept)
-    if cache.buffers.score is not None:
-        score = [[[entry.score for entry in head] for head in layer] for layer in oracle.entries]
-        np.testing.assert_allclose(cache.buffers.score[:, :, : cache.n].numpy(), score, rtol=1e-9, atol=1e-12)
+    for name, state in cache.buffers.state.items():
+        expected = [[[entry.state[name] for entry in head] for head in layer] for layer in oracle.entries]
+        np.testing.assert_allclose(state[:, :, : cache.n].numpy(), expected, rtol=1e-9, atol=1e-12)
     values = [[[entry.value for entry in head] for head in layer] for layer in oracle.entries]
     np.testing.assert_array_equal(cache.buffers.values[:, :, : cache.n].numpy(), values)

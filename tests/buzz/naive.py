@@ -17,7 +17,7 @@ class Entry:
     position: int
     key: np.ndarray  # unrotated
     value: np.ndarray
-    score: float = 0.0
+    state: dict[str, float] = field(default_factory=lambda: {"score": 0.0})
     turned: tuple[int, np.ndarray] | None = None  # the key rotated to a position, to save time
 
 
@@ -76,7 +76,7 @@ class Session:
         if not self.rule.accumulate:
             for head in self.heads():
                 for entry in head:
-                    entry.score = 0.0
+                    entry.state["score"] = 0.0
 
     def token(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
         """One token: arrays [layer, heads, head_dim]; returns its attention, like query."""
@@ -98,7 +98,7 @@ class Session:
                     weights /= weights.sum()
                     output[layer, h * self.group + g] = weights @ np.stack([entry.value for entry in entries])
                     for entry, weight in zip(entries, weights.tolist(), strict=True):
-                        entry.score += weight
+                        entry.state["score"] += weight
         self.seen += 1
         return output
 
@@ -141,8 +141,8 @@ class Session:
         if rule.kind == "h2o":
             kept = list(entries[:last])
             while len(kept) > rule.heavy + 1 - rule.block:
-                lowest = min(entry.score for entry in kept)
-                del kept[max(i for i, entry in enumerate(kept) if entry.score == lowest)]
+                lowest = min(entry.state["score"] for entry in kept)
+                del kept[max(i for i, entry in enumerate(kept) if entry.state["score"] == lowest)]
             return kept + entries[last:], 0
         sinks, middle, window = entries[: rule.sink], entries[rule.sink : last], entries[last:]
         old = [entry for i, entry in enumerate(middle[: self.sampled]) if i % ((rule.stride + 1) // 2) == 0]
@@ -154,10 +154,10 @@ class Session:
             if len(cell) == rule.stride or i == len(fresh) - 1:
                 best = cell[0]
                 for other in cell[1:]:
-                    if rule.local_max and other.score > best.score:
+                    if rule.local_max and other.state["score"] > best.state["score"]:
                         best = other
                 new.append(best)
                 cell = []
         for entry in sinks + old:
-            entry.score = 0.0
+            entry.state["score"] = 0.0
         return sinks + old + new + window, len(old) + len(new)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from buzz import Buffers, Cache, Compaction, Full, Policy, Rotary, Streaming, parse
+from buzz import Buffers, Cache, Compaction, Full, Policy, Rotary, Streaming, View, parse
 from tests.buzz.driver import Driver, Shape, assert_same
 from tests.buzz.strategies import policies
 
@@ -146,10 +145,11 @@ def test_the_outcome_does_not_depend_on_the_cuts(policy: Policy, cuttings: list[
 
 
 def assert_equal(mine: Buffers, theirs: Buffers, n: int, **tolerance: float) -> None:
-    assert (mine.score is None) == (theirs.score is None)
-    for a, b in zip(vars(mine).values(), vars(theirs).values(), strict=True):
-        if a is not None:
-            torch.testing.assert_close(a[:, :, :n], b[:, :, :n], **tolerance)
+    assert mine.state.keys() == theirs.state.keys()
+    pairs = [(mine.keys, theirs.keys), (mine.values, theirs.values), (mine.position, theirs.position)]
+    pairs += [(mine.state[name], theirs.state[name]) for name in mine.state]
+    for a, b in pairs:
+        torch.testing.assert_close(a[:, :, :n], b[:, :, :n], **tolerance)
 
 
 def ready(policy: Policy, capacity: int = 64, max_positions: int = 100) -> Driver:
@@ -192,14 +192,14 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     assert cache.end_segment(driver.memory(29)) == 35
 
 
-def test_scores_are_required_where_the_policy_reads_them() -> None:
+def test_states_are_required_where_the_policy_reads_them() -> None:
     rotary = Rotary.of(4, 100)
-    plain = Buffers.empty(1, 2, 64, 4, torch.float32, "cpu", scored=False)
-    with pytest.raises(ValueError, match="needs scores"):
+    plain = Buffers.empty(1, 2, 64, 4, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="needs the state 'score'"):
         Cache(parse(SMALL), rotary, plain)
     driver = ready(parse(SMALL))
     driver.segment([5])
-    with pytest.raises(ValueError, match="needs scores"):
+    with pytest.raises(ValueError, match="needs the state 'score'"):
         driver.cache.copy_to(plain)
     cache = Cache(Streaming(sink=1, window=4, block=1), rotary, plain)
     cache.begin_segment(9)
@@ -250,7 +250,6 @@ def test_a_policy_that_never_gets_done_is_an_error_not_a_hang() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Stuck(Policy):
         name: ClassVar[str] = "stuck"
-        scored: ClassVar[bool] = False
 
         @property
         def bound(self) -> int:
@@ -259,8 +258,8 @@ def test_a_policy_that_never_gets_done_is_an_error_not_a_hang() -> None:
         def due(self, n: int, sampled: int) -> bool:
             return n > 4
 
-        def compact(self, n: int, sampled: int, score: Tensor | None) -> Compaction:
-            return Compaction(torch.arange(n), None, sampled)
+        def compact(self, view: View) -> Compaction:
+            return Compaction(torch.arange(view.n), view.sampled)
 
     with pytest.raises(RuntimeError, match="changes nothing"):
         ready(Stuck()).segment([5])

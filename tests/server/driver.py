@@ -159,8 +159,7 @@ def state(record: Session) -> dict[str, object]:
             copied["keys"] = source.keys[:, :, :n].clone()
             copied["values"] = source.values[:, :, :n].clone()
             copied["position"] = source.position[:, :, :n].clone()
-            if source.score is not None:
-                copied["score"] = source.score[:, :, :n].clone()
+            copied |= {name: state[:, :, :n].clone() for name, state in source.state.items()}
     return copied
 
 

@@ -14,6 +14,7 @@ from apiary_server.errors import ContextFull, InvalidField
 from apiary_server.sessions.pool import Geometry, SlotLayout
 from apiary_server.settings import Settings
 from apiary_server.worker import build
+from buzz import MAX_STATES
 from tests import tiny
 from tests.server.driver import Reader, ask, create, request
 
@@ -41,7 +42,7 @@ def test_a_workspace_is_never_longer_than_the_model(short: Callable[..., Engine]
     engine = short()
     assert engine.model.max_positions == POSITIONS
     geometry = Geometry(layers=2, kv_heads=2, head_dim=8, dtype=torch.float32)
-    assert engine.capacity().workspace_bytes == SlotLayout(geometry, POSITIONS, scored=True).bytes
+    assert engine.capacity().workspace_bytes == SlotLayout(geometry, POSITIONS, MAX_STATES).bytes
 
 
 @pytest.mark.parametrize("turns", [[161], [7, 153, 1], [144, 16, 17, 400]])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from buzz import Buffers, attend_chunk, attend_decode
+from buzz import Buffers, Record, State, attend_chunk, attend_decode
 
 NAME = "apiary"
 
@@ -20,24 +20,28 @@ NAME = "apiary"
 class DecodeRun:
     """One new token for each of B neighbouring slots of a class.
 
-    `cache` tensors are strided views with leading dimension B; `entries` int64 `[B]` counts what each slot
-    holds before this step; `most` is the largest count after it.
+    `cache` tensors are strided views with leading dimension B; `entries` and `seen`, int64 `[B]`, count each
+    slot's entries and its session's tokens before this step; `most` is the largest count of entries after it.
     """
 
     rows: slice
     cache: Buffers
     entries: Tensor
+    seen: Tensor
     most: int
+    states: tuple[State, ...]
     log_n: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRun:
-    """Several new tokens of one session, whose cache holds `entries` before this step."""
+    """Several new tokens of one session, whose cache holds `entries` of `seen` tokens before this step."""
 
     rows: slice
     cache: Buffers
     entries: int
+    seen: int
+    states: tuple[State, ...]
     log_n: int | None
 
 
@@ -92,7 +96,8 @@ def cached_attention(
             cache_values[:, :, : run.most],
             run.entries + 1,
             scale,
-            None if run.cache.score is None else run.cache.score[:, layer, :, : run.most],
+            [Record(s, run.cache.state[s.name][:, layer, :, : run.most]) for s in run.states],
+            run.seen,
             run.log_n,
         )
     for chunk in apiary_batch.chunks:
@@ -105,7 +110,8 @@ def cached_attention(
             cache_keys[:, :end],
             cache_values[:, :end],
             scale,
-            None if chunk.cache.score is None else chunk.cache.score[layer, :, :end],
+            [Record(s, chunk.cache.state[s.name][layer, :, :end]) for s in chunk.states],
+            chunk.seen,
             chunk.log_n,
         ).transpose(0, 1)
     return output[None], None

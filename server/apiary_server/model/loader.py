@@ -210,10 +210,10 @@ def _sample(loaded: LoadedModel) -> list[int]:
 
 def _scratch(loaded: LoadedModel, entries: int) -> tuple[Cache, Lease]:
     """An empty cache of its own, whose tokens have their original positions."""
-    layout = SlotLayout(loaded.geometry, entries, scored=False)
+    layout = SlotLayout(loaded.geometry, entries, states=0)
     slots = SlotClass(layout, torch.zeros(layout.bytes, dtype=torch.uint8, device=loaded.model.device))
     policy = Full(bound=entries, positions="original")
-    return Cache(policy, loaded.rotary, slots.buffers(0, scored=False)), Lease(slots, 0, lambda _: None)
+    return Cache(policy, loaded.rotary, slots.buffers(0, ())), Lease(slots, 0, lambda _: None)
 
 
 def _tolerance(loaded: LoadedModel) -> float:

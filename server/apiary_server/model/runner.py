@@ -73,8 +73,11 @@ class Runner:
         for piece, start in zip(packed, starts, strict=False):
             rows = slice(start, start + len(piece.tokens))
             if not piece.decodes:
+                cache = piece.cache
                 batch.chunks.append(
-                    ChunkRun(rows, piece.cache.buffers, piece.cache.n, piece.cache.policy.log_n)
+                    ChunkRun(
+                        rows, cache.buffers, cache.n, cache.seen, cache.policy.states, cache.policy.log_n
+                    )
                 )
         decoding = [piece for piece in packed if piece.decodes]  # they are the first rows
         row = 0
@@ -86,7 +89,9 @@ class Runner:
                     slice(row, row + len(run)),
                     _neighbours(first, len(run)),
                     self._tensor(entries),
+                    self._tensor([piece.cache.seen for piece in run]),
                     max(entries) + 1,
+                    first.cache.policy.states,
                     first.cache.policy.log_n,
                 )
             )
@@ -97,10 +102,11 @@ class Runner:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
-def _neighbourhood(piece: Piece) -> tuple[bool, int, int, bool, int]:
+def _neighbourhood(piece: Piece) -> tuple[bool, int, int, str, int]:
     """Sorts decoding pieces first, and such as can share a kernel behind each other."""
     policy = piece.cache.policy
-    return (not piece.decodes, id(piece.place.slots), policy.log_n or 0, policy.scored, piece.place.index)
+    states = repr(policy.states)
+    return (not piece.decodes, id(piece.place.slots), policy.log_n or 0, states, piece.place.index)
 
 
 def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
@@ -118,6 +124,5 @@ def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 def _neighbours(first: Piece, count: int) -> Buffers:
     """The tensors of `count` slots from `first` on, with a leading dimension of slots."""
-    slots, here = first.place.slots, slice(first.place.index, first.place.index + count)
-    score = slots.score[here] if first.cache.policy.scored and slots.score is not None else None
-    return Buffers(slots.keys[here], slots.values[here], slots.position[here], score)
+    here = slice(first.place.index, first.place.index + count)
+    return first.place.slots.buffers(here, first.cache.policy.states)

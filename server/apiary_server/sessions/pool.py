@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from buzz import Buffers
+from buzz import MAX_STATES, Buffers, State
 
 _ALIGNMENT = 64
 
@@ -37,12 +37,12 @@ class Geometry:
 class SlotLayout:
     """Where a slot's tensors lie in its bytes. Equal layouts are one capacity class.
 
-    `scored` slots carry the score of each entry, and the scores as they were before the running turn.
+    `states` is how many states each entry has; a slot also holds them as they were before the running turn.
     """
 
     geometry: Geometry
     capacity: int
-    scored: bool
+    states: int
 
     def _tensors(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         shape = (self.geometry.layers, self.geometry.kv_heads, self.capacity)
@@ -50,8 +50,8 @@ class SlotLayout:
         tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]
         tensors = [("keys", self.geometry.dtype, entries), ("values", self.geometry.dtype, entries)]
         tensors += [("position", torch.int32, shape)]
-        if self.scored:
-            tensors += [("score", torch.float32, shape), ("saved_score", torch.float32, shape)]
+        if self.states:
+            tensors += [(name, torch.float32, (self.states, *shape)) for name in ("state", "saved_state")]
         return tensors
 
     @property
@@ -75,7 +75,8 @@ def _aligned(size: int) -> int:
 
 class SlotClass:
     """All slots of one layout, as batched tensors: keys and values `[slots, layers, kv_heads, capacity,
-    head_dim]`, position, score and saved_score `[slots, layers, kv_heads, capacity]`."""
+    head_dim]`, position `[slots, layers, kv_heads, capacity]`, state and saved_state `[slots, states, layers,
+    kv_heads, capacity]` (None where there is no state)."""
 
     def __init__(self, layout: SlotLayout, memory: Tensor) -> None:
         self.layout = layout
@@ -83,12 +84,15 @@ class SlotClass:
         self.memory = memory[: self.count * layout.bytes].view(self.count, layout.bytes)
         views = layout.views(self.memory)
         self.keys, self.values, self.position = views["keys"], views["values"], views["position"]
-        self.score, self.saved_score = views.get("score"), views.get("saved_score")
+        self.state, self.saved_state = views.get("state"), views.get("saved_state")
 
-    def buffers(self, index: int, *, scored: bool) -> Buffers:
-        """The tensors of one slot."""
-        score = self.score[index] if scored and self.score is not None else None
-        return Buffers(self.keys[index], self.values[index], self.position[index], score)
+    def buffers(self, index: int | slice, states: Sequence[State]) -> Buffers:
+        """The tensors of one slot, or with a leading dimension of slots; as many states as asked for."""
+        named = {}
+        if self.state is not None:
+            for number, state in enumerate(states):
+                named[state.name] = self.state[index, number].view(state.dtype)
+        return Buffers(self.keys[index], self.values[index], self.position[index], named)
 
 
 class Lease:
@@ -109,9 +113,19 @@ class Lease:
         """The slot's bytes, uint8 `[bytes]`."""
         return self.slots.memory[self.index]
 
-    def buffers(self, *, scored: bool) -> Buffers:
-        """The slot's tensors."""
-        return self.slots.buffers(self.index, scored=scored)
+    def buffers(self, states: Sequence[State]) -> Buffers:
+        """The slot's tensors, with as many states as asked for."""
+        return self.slots.buffers(self.index, states)
+
+    def save_states(self, n: int) -> None:
+        """Set the states of the first `n` entries aside."""
+        if self.slots.state is not None and self.slots.saved_state is not None:
+            self.slots.saved_state[self.index, ..., :n] = self.slots.state[self.index, ..., :n]
+
+    def restore_states(self, n: int) -> None:
+        """Return to the states that were set aside."""
+        if self.slots.state is not None and self.slots.saved_state is not None:
+            self.slots.state[self.index, ..., :n] = self.slots.saved_state[self.index, ..., :n]
 
     def release(self) -> None:
         """Give the slot back."""
@@ -145,7 +159,7 @@ class Pool:
         workspace_entries: int,
         device: torch.device,
     ) -> None:
-        workspace = SlotLayout(geometry, workspace_entries, scored=True)
+        workspace = SlotLayout(geometry, workspace_entries, MAX_STATES)
         least = workspaces * workspace.bytes + 2 * default.bytes
         if budget < least:
             raise ValueError(

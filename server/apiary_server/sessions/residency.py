@@ -46,7 +46,7 @@ class Residency:
             session.lease = lease
             if session.parked is not None and session.cache is not None:
                 lease.memory.copy_(session.parked)
-                session.cache.buffers = lease.buffers(scored=session.layout.scored)
+                session.cache.buffers = lease.buffers(session.policy.states)
                 self._drop_parked(session)
         self._running[session.layout] = self._running.get(session.layout, 0) + 1
         return True

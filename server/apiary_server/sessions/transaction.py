@@ -4,7 +4,7 @@ A turn runs in *segments*: its prompt (cut only where the workspace is full), th
 cache is compacted at a segment's end and nowhere else, so what it keeps depends on token counts alone.
 
 Nothing that was committed is overwritten while the turn runs. Appending leaves the old entries in place
-(their scores, which later queries raise, are saved inside the slot). What would overwrite them - a
+(their states, which later queries change, are saved inside the slot). What would overwrite them - a
 compaction, or the change of rotary positions - writes into a second slot instead, and the first stays as the
 checkpoint.
 """
@@ -60,8 +60,8 @@ class Transaction:
         self._base = session.cache.state() if session.cache is not None else None
         if session.cache is None:
             self._create_cache()
-        else:
-            self._save_scores()
+        elif session.lease is not None:
+            session.lease.save_states(session.cache.n)
         return True
 
     def begin_segment(self, tokens: int, *, prompt: bool) -> int:
@@ -88,9 +88,9 @@ class Transaction:
             self._workspace = self._residency.pool.lease_workspace()
             if self._workspace is None:
                 return 0
-            cache.copy_to(self._workspace.buffers(scored=cache.policy.scored))
+            cache.copy_to(self._workspace.buffers(cache.policy.states))
         elif changes_over and self._second is not None and not self._in_second:
-            cache.copy_to(self._second.buffers(scored=cache.policy.scored))
+            cache.copy_to(self._second.buffers(cache.policy.states))
             self._in_second = True
         cache.begin_segment(tokens)
         return tokens
@@ -104,7 +104,7 @@ class Transaction:
         )
         if not moves or home is None:
             return cache.end_segment()
-        evicted = cache.end_segment(into=home.buffers(scored=cache.policy.scored))
+        evicted = cache.end_segment(into=home.buffers(cache.policy.states))
         self._in_second = self._second is not None
         self._release_workspace()
         return evicted
@@ -142,10 +142,9 @@ class Transaction:
             self._create_cache()
             return
         cache = self.cache
-        cache.buffers = lease.buffers(scored=cache.policy.scored)
+        cache.buffers = lease.buffers(cache.policy.states)
         cache.restore(self._base)
-        if cache.buffers.score is not None and lease.slots.saved_score is not None:
-            cache.buffers.score[..., : cache.n] = lease.slots.saved_score[lease.index, ..., : cache.n]
+        lease.restore_states(cache.n)
 
     def _close(self) -> None:
         self._open = False
@@ -163,13 +162,8 @@ class Transaction:
     def _create_cache(self) -> None:
         session = self._session
         if session.lease is not None:
-            buffers = session.lease.buffers(scored=session.policy.scored)
+            buffers = session.lease.buffers(session.policy.states)
             session.cache = Cache(session.policy, self._rotary, buffers)
-
-    def _save_scores(self) -> None:
-        lease, cache = self._session.lease, self.cache
-        if lease is not None and lease.slots.saved_score is not None and cache.buffers.score is not None:
-            lease.slots.saved_score[lease.index, ..., : cache.n] = cache.buffers.score[..., : cache.n]
 
     def _until_compaction(self, tokens: int) -> int:
         cache = self.cache

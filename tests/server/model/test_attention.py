@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from apiary_server.model.attention import NAME, Batch, ChunkRun, DecodeRun, cached_attention
 from apiary_server.model.runner import Piece, Runner
 from apiary_server.sessions.pool import Geometry, Lease, Pool, SlotLayout
-from buzz import Buffers, Cache, Rotary, parse
+from buzz import Buffers, Cache, Rotary, State, parse
 from tests import tiny
 
 HEADS, KV_HEADS, DIM, CAPACITY = 4, 2, 8, 16
@@ -37,14 +37,14 @@ def naive(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     return (weights.unsqueeze(1) @ values).squeeze(1)
 
 
-def buffers(slots: int, scored: bool = True) -> Buffers:
+def buffers(slots: int, states: tuple[State, ...]) -> Buffers:
     """Memory of two layers in which every unwritten value is NaN."""
     shape = (slots, 2, KV_HEADS, CAPACITY)
     return Buffers(
         torch.full((*shape, DIM), math.nan, dtype=torch.float64),
         torch.full((*shape, DIM), math.nan, dtype=torch.float64),
         torch.zeros(shape, dtype=torch.int32),
-        torch.zeros(shape) if scored else None,
+        {state.name: torch.zeros(shape) for state in states},
     )
 
 
@@ -57,23 +57,32 @@ def rows(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("scaling", [None, 0.37])
-@pytest.mark.parametrize("scored", [True, False])
-def test_rows_see_their_own_caches_and_nothing_else(scored: bool, scaling: float | None) -> None:
+@pytest.mark.parametrize("states", [(State("score"),), ()])
+def test_rows_see_their_own_caches_and_nothing_else(states: tuple[State, ...], scaling: float | None) -> None:
     torch.manual_seed(0)
     layer, scale = 1, scaling or DIM**-0.5
-    decoding, prompt = buffers(3, scored), buffers(1, scored)
+    decoding, prompt = buffers(3, states), buffers(1, states)
     entries = [0, 5, CAPACITY - 1]
     for slot, n in enumerate(entries):
         decoding.keys[slot, layer, :, :n] = torch.randn(KV_HEADS, n, DIM)
         decoding.values[slot, layer, :, :n] = torch.randn(KV_HEADS, n, DIM)
     prompt.keys[0, layer, :, :2], prompt.values[0, layer, :, :2] = torch.randn(2, KV_HEADS, 2, DIM).double()
     query, key, value = rows(3 + 4)
-    score = None if prompt.score is None else prompt.score[0]
+    own = {name: state[0] for name, state in prompt.state.items()}
     batch = Batch(
-        decodes=[DecodeRun(slice(0, 3), decoding, torch.tensor(entries), CAPACITY, None)],
+        decodes=[
+            DecodeRun(
+                slice(0, 3), decoding, torch.tensor(entries), torch.tensor(entries), CAPACITY, states, None
+            )
+        ],
         chunks=[
             ChunkRun(
-                slice(3, 7), Buffers(prompt.keys[0], prompt.values[0], prompt.position[0], score), 2, None
+                slice(3, 7),
+                Buffers(prompt.keys[0], prompt.values[0], prompt.position[0], own),
+                2,
+                2,
+                states,
+                None,
             )
         ],
     )
@@ -89,12 +98,14 @@ def test_rows_see_their_own_caches_and_nothing_else(scored: bool, scaling: float
     for row in range(4):
         keys, values = prompt.keys[0, layer, :, : 3 + row], prompt.values[0, layer, :, : 3 + row]
         assert torch.allclose(output[0, 3 + row], naive(query[0, :, 3 + row], keys, values, scale))
-    if decoding.score is not None and prompt.score is not None:
+    if states:
         per_head = HEADS / KV_HEADS  # each query head's weights sum to one
-        sums = decoding.score[:, layer].sum(dim=-1)
+        sums = decoding.state["score"][:, layer].sum(dim=-1)
         assert torch.allclose(sums, torch.full_like(sums, per_head))
-        assert prompt.score[0, layer].sum(dim=-1).tolist() == pytest.approx([4 * per_head] * KV_HEADS)
-        assert not decoding.score[:, 0].any(), "another layer was touched"
+        assert prompt.state["score"][0, layer].sum(dim=-1).tolist() == pytest.approx(
+            [4 * per_head] * KV_HEADS
+        )
+        assert not decoding.state["score"][:, 0].any(), "another layer was touched"
     assert decoding.keys[:, 0].isnan().all(), "another layer was touched"
 
 
@@ -143,9 +154,9 @@ def test_the_whole_step_stays_on_the_models_device(elsewhere: torch.device) -> N
     sessions: list[tuple[Cache, Lease]] = []
     for spec in specs:
         policy = parse(spec)
-        lease = pool.lease(SlotLayout(geometry, 20, policy.scored))
+        lease = pool.lease(SlotLayout(geometry, 20, len(policy.states)))
         assert lease is not None
-        sessions.append((Cache(policy, rotary, lease.buffers(scored=policy.scored)), lease))
+        sessions.append((Cache(policy, rotary, lease.buffers(policy.states)), lease))
     runner = Runner(model)
     with OneDevice():
         for counts in ([10, 1, 3, 9, 10], [1] * 5, [1, 14, 14, 8, 8], [1] * 5):

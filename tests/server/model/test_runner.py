@@ -42,17 +42,17 @@ class Worker:
     def __init__(self, model: LlamaForCausalLM, dtype: torch.dtype = torch.float64) -> None:
         self.geometry = Geometry(2, 2, 8, dtype)
         self.rotary = Rotary(model.model.rotary_emb.inv_freq.detach().clone(), 1024)
-        default = SlotLayout(self.geometry, CAPACITY, scored=True)
+        default = SlotLayout(self.geometry, CAPACITY, states=1)
         self.pool = Pool(self.geometry, 8 * 2**20, default, 3, 2 * CAPACITY, torch.device("cpu"))
         self.pool._arena.fill_(0xFF)  # NaN in every dtype
         self.runner = Runner(model)
 
     def session(self, policy: str, *, workspace: bool = False) -> tuple[Cache, Lease]:
         chosen = parse(policy)
-        layout = SlotLayout(self.geometry, CAPACITY, chosen.scored)
+        layout = SlotLayout(self.geometry, CAPACITY, len(chosen.states))
         lease = self.pool.lease_workspace() if workspace else self.pool.lease(layout)
         assert lease is not None
-        return Cache(chosen, self.rotary, lease.buffers(scored=chosen.scored)), lease
+        return Cache(chosen, self.rotary, lease.buffers(chosen.states)), lease
 
     def step(self, sessions: Sequence[tuple[Cache, Lease]], tokens: Sequence[Sequence[int]]) -> Tensor:
         """One forward pass in which each session takes its tokens as a segment."""

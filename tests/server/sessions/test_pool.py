@@ -9,16 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from apiary_server.sessions.pool import Geometry, Lease, Pool, SlotLayout
+from buzz import MAX_STATES, State
 
 GEOMETRY = Geometry(layers=2, kv_heads=2, head_dim=4, dtype=torch.float32)
-LAYOUTS = [
-    SlotLayout(GEOMETRY, capacity, scored)
-    for capacity, scored in [(10, True), (3, False), (17, True), (40, False)]
-]
+LAYOUTS = [SlotLayout(GEOMETRY, capacity, states) for capacity, states in [(10, 1), (3, 0), (17, 2), (40, 0)]]
 
 
 def pool(slots: int = 12, workspaces: int = 2) -> Pool:
-    workspace = SlotLayout(GEOMETRY, 32, scored=True)
+    workspace = SlotLayout(GEOMETRY, 32, MAX_STATES)
     budget = workspaces * workspace.bytes + slots * LAYOUTS[0].bytes
     return Pool(GEOMETRY, budget, LAYOUTS[0], workspaces, 32, torch.device("cpu"))
 
@@ -97,13 +95,12 @@ def test_a_slot_is_one_run_of_bytes_that_holds_all_its_tensors() -> None:
     memory = pool()
     lease = memory.lease(LAYOUTS[0])
     assert lease is not None
-    buffers = lease.buffers(scored=True)
+    buffers = lease.buffers([State("score")])
     assert buffers.keys.shape == buffers.values.shape == (2, 2, 10, 4)
     assert buffers.position.shape == (2, 2, 10)
     assert lease.memory.is_contiguous()
     start = lease.memory.data_ptr()
-    assert buffers.score is not None
-    for tensor in (buffers.keys, buffers.values, buffers.position, buffers.score):
+    for tensor in (buffers.keys, buffers.values, buffers.position, buffers.state["score"]):
         assert start <= tensor.data_ptr() < start + lease.bytes
     buffers.keys.normal_()
     copied = lease.memory.clone()

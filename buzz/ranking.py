@@ -1,0 +1,12 @@
+"""Choosing entries by score, the same on every device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def top(score: Tensor, count: int) -> Tensor:
+    """The places of the `count` largest of `[..., n]`, ascending, int64; the first wins a tie."""
+    # topk breaks ties as it likes; a stable sort lets the first win on every device
+    ranked = score.argsort(dim=-1, descending=True, stable=True)
+    return ranked[..., :count].sort(dim=-1).values
