@@ -8,7 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from buzz import H2O, Buffers, Buzz, Cache, Policy, Record, Rotary, Streaming, attend_chunk, attend_decode
+from buzz import (
+    H2O,
+    Buffers,
+    Buzz,
+    Cache,
+    Policy,
+    Record,
+    Rotary,
+    Streaming,
+    View,
+    attend_chunk,
+    attend_decode,
+)
 from tests.buzz import naive
 
 
@@ -25,6 +37,23 @@ def rule_of(policy: Policy) -> naive.Rule:
     if isinstance(policy, Streaming):
         return naive.Rule("streaming", policy.sink, policy.window, block=policy.block, original=original)
     return naive.Rule("full", original=original)
+
+
+def view_of(
+    score: torch.Tensor | None = None,
+    sampled: int = 0,
+    n: int = 0,
+    seen: int | None = None,
+    **state: torch.Tensor,
+) -> View:
+    """A cache at rest, of `score` `[..., kv_heads, n]` (or no state): entries 0 to n - 1, unless told."""
+    if score is not None:
+        state["score"] = score
+    position = state.pop("position", None)
+    if position is None:
+        shape = next(iter(state.values())).shape if state else (2, n)
+        position = torch.arange(shape[-1], dtype=torch.int32).expand(shape)
+    return View(sampled, position.shape[-1] if seen is None else seen, position, state)
 
 
 @dataclasses.dataclass

@@ -1,33 +1,62 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from buzz import attend_chunk, attend_decode, attention
+from buzz import Record, State, attend_chunk, attend_decode, attention
+
+SUM, FADING, VOTE = State("sum"), State("fading", decay=0.9), State("vote", "vote")
+SEEN = 1000  # tokens before those attended with
+START = {"sum": 2.0, "fading": 3.0, "vote": -7}
+
+
+@dataclass
+class Plain:
+    """One query row after the other, one head after the other: outputs, and what is recorded from START."""
+
+    output: Tensor
+    state: dict[str, Tensor]
 
 
 def plain(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, log_n: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """One query row after the other, one head after the other: outputs and score mass."""
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, log_n: int | None = None, seen: int = SEEN
+) -> Plain:
     heads, count, _ = query.shape
     group, n = heads // keys.shape[0], keys.shape[1]
-    output, mass = torch.zeros_like(query), torch.zeros(keys.shape[:2], dtype=query.dtype)
-    for head in range(heads):
-        for row in range(count):
-            seen = n - count + row + 1
-            logits = keys[head // group, :seen] @ query[head, row] * scale
+    done = Plain(torch.zeros_like(query), started(keys.shape[0], n))
+    for row in range(count):
+        view = n - count + row + 1
+        done.state["fading"] *= 0.9
+        for head in range(heads):
+            logits = keys[head // group, :view] @ query[head, row] * scale
             if log_n is not None:
-                logits = logits * max(1.0, math.log(seen) / math.log(log_n))
+                logits = logits * max(1.0, math.log(view) / math.log(log_n))
             weights = (logits - logits.max()).exp()
             weights = weights / weights.sum()
-            output[head, row] = weights @ values[head // group, :seen]
-            mass[head // group, :seen] += weights
-    return output, mass
+            done.output[head, row] = weights @ values[head // group, :view]
+            done.state["sum"][head // group, :view] += weights
+            done.state["fading"][head // group, :view] += weights
+            done.state["vote"][head // group, :view][weights >= 1 / view] = seen + row
+    return done
+
+
+def started(*sizes: int) -> dict[str, Tensor]:
+    """Fresh memory for the three states, [*sizes], each at its START."""
+    return {
+        state.name: torch.full(
+            sizes, START[state.name], dtype=torch.int32 if state.kind == "vote" else torch.float64
+        )
+        for state in (SUM, FADING, VOTE)
+    }
+
+
+def records(state: dict[str, Tensor]) -> list[Record]:
+    return [Record(s, state[s.name]) for s in (SUM, FADING, VOTE)]
 
 
 def tensors(*sizes: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -46,14 +75,17 @@ def test_chunk(
         tensors(kv_heads, n, 8),
         tensors(kv_heads, n, 8),
     )
-    expected, mass = plain(query, keys, values, 0.3, log_n)
+    expected = plain(query, keys, values, 0.3, log_n)
     for logits in (attention._LOGITS, 1):  # in one block, and in blocks of 16 rows
         monkeypatch.setattr(attention, "_LOGITS", logits)
-        grown = torch.ones(kv_heads, n, dtype=torch.float64)
-        torch.testing.assert_close(attend_chunk(query, keys, values, 0.3, grown, log_n), expected)
-        torch.testing.assert_close(grown - 1, mass)
-        torch.testing.assert_close(attend_chunk(query, keys, values, 0.3, None, log_n), expected)
-    assert grown.sum() - grown.numel() == pytest.approx(kv_heads * group * count)
+        state = started(kv_heads, n)
+        output = attend_chunk(query, keys, values, 0.3, records(state), SEEN, log_n)
+        torch.testing.assert_close(output, expected.output)
+        torch.testing.assert_close(state, expected.state)
+        torch.testing.assert_close(
+            attend_chunk(query, keys, values, 0.3, log_n=log_n), output, rtol=0, atol=0
+        )
+    assert (state["sum"] - START["sum"]).sum() == pytest.approx(kv_heads * group * count)
 
 
 @pytest.mark.parametrize(("batch", "kv_heads"), [(1, 1), (1, 3), (5, 2), (2, 4)])
@@ -64,8 +96,9 @@ def test_decode_on_a_strided_view_with_garbage_beyond_the_lengths(
 ) -> None:
     layers, capacity, dim, n = 3, 50, 8, 45
     keys, values = (tensors(batch, layers, kv_heads, capacity, dim)[:, 1, :, :n] for _ in range(2))
-    pool = torch.full((batch, layers, kv_heads, capacity), 2.0, dtype=torch.float64)
-    mass = pool[:, 1, :, :n]
+    pool = started(batch, layers, kv_heads, capacity)
+    into = records({name: memory[:, 1, :, :n] for name, memory in pool.items()})
+    seen = SEEN + 10 * torch.arange(batch)
     query = tensors(batch, kv_heads * group, dim)
     lengths = torch.randint(1, n + 1, (batch,))
     lengths[-1] = n
@@ -75,16 +108,24 @@ def test_decode_on_a_strided_view_with_garbage_beyond_the_lengths(
     for row, length in enumerate(lengths.tolist()):
         for tensor, garbage in ((keys, torch.nan), (values, torch.inf)):
             tensor[row, :, length:] = garbage if row % 2 else torch.nan
-    output = attend_decode(query, keys, values, lengths, 0.3, mass, log_n)
+    output = attend_decode(query, keys, values, lengths, 0.3, into, seen, log_n)
     for row, length in enumerate(lengths.tolist()):
         mine = clean_keys[row, :, :length], clean_values[row, :, :length]
-        expected, grown = plain(query[row].unsqueeze(1), *mine, 0.3, log_n)
-        torch.testing.assert_close(output[row], expected.squeeze(1))
-        torch.testing.assert_close(mass[row, :, :length] - 2, grown)
-        assert (mass[row, :, length:] == 2).all()
-    assert (pool[:, [0, 2]] == 2).all()
-    assert (pool[:, :, :, n:] == 2).all()
-    torch.testing.assert_close(attend_decode(query, keys, values, lengths, 0.3, None, log_n), output)
+        expected = plain(query[row].unsqueeze(1), *mine, 0.3, log_n, int(seen[row]))
+        torch.testing.assert_close(output[row], expected.output.squeeze(1))
+        for name, memory in pool.items():
+            torch.testing.assert_close(memory[row, 1, :, :length], expected.state[name])
+    for name, memory in pool.items():
+        assert (memory[:, [0, 2]] == START[name]).all()
+        assert (memory[:, :, :, n:] == START[name]).all()
+    again = attend_decode(query, keys, values, lengths, 0.3, log_n=log_n)
+    torch.testing.assert_close(again, output, rtol=0, atol=0)
+
+
+def test_votes_are_refused_without_the_tokens_seen_before() -> None:
+    query, keys, state = tensors(1, 2, 4), tensors(1, 2, 3, 4), started(1, 2, 3)
+    with pytest.raises(ValueError, match="votes need the tokens seen before"):
+        attend_decode(query, keys, keys, torch.tensor([3]), 0.5, records(state))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,21 +152,20 @@ def test_a_narrower_cache_costs_its_own_rounding_only() -> None:
         tensors(2, 30, 16).bfloat16(),
         tensors(2, 30, 16).bfloat16(),
     )
-    expected, mass = plain(query.double(), keys.double(), values.double(), 0.25)
-    grown = torch.zeros(2, 30)
-    torch.testing.assert_close(
-        attend_chunk(query, keys, values, 0.25, grown).double(), expected, rtol=0, atol=1e-5
-    )
-    torch.testing.assert_close(grown.double(), mass, rtol=0, atol=1e-5)
+    expected = plain(query.double(), keys.double(), values.double(), 0.25)
+    mass = torch.full((2, 30), START["sum"])
+    output = attend_chunk(query, keys, values, 0.25, [Record(SUM, mass)])
+    torch.testing.assert_close(output.double(), expected.output, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mass.double(), expected.state["sum"], rtol=0, atol=1e-5)
     lengths = torch.tensor([30])
     last = attend_decode(query[None, :, -1], keys[None], values[None], lengths, 0.25)
-    torch.testing.assert_close(last[0].double(), expected[:, -1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(last[0].double(), expected.output[:, -1], rtol=0, atol=1e-5)
 
 
 def test_large_logits_stay_finite() -> None:
     query, keys = tensors(2, 5, 8, dtype=torch.float32) * 1000, tensors(1, 9, 8, dtype=torch.float32) * 1000
     mass = torch.zeros(1, 9)
-    assert attend_chunk(query, keys, keys, 1.0, mass).isfinite().all()
+    assert attend_chunk(query, keys, keys, 1.0, [Record(SUM, mass)]).isfinite().all()
     assert mass.sum() == pytest.approx(10, abs=1e-4)
 
 

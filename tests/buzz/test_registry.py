@@ -7,9 +7,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from buzz import H2O, Buzz, Compaction, Full, Policy, PolicyError, Streaming, names, parse, register, registry
+from buzz import (
+    H2O,
+    Buzz,
+    Compaction,
+    Full,
+    Policy,
+    PolicyError,
+    Streaming,
+    View,
+    names,
+    parse,
+    register,
+    registry,
+)
 from tests.buzz.strategies import policies
 
 
@@ -101,13 +113,13 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window(Policy):
-    """The README's example."""
+class Newest(Policy):
+    """The most recent entries only."""
 
     window: int = 564
 
-    name: ClassVar[str] = "window"
-    scored: ClassVar[bool] = False
+    name: ClassVar[str] = "newest"
+    sizes: ClassVar[tuple[str, ...]] = ("window",)
 
     @property
     def bound(self) -> int:
@@ -116,21 +128,21 @@ class Window(Policy):
     def due(self, n: int, sampled: int) -> bool:
         return n > self.window
 
-    def compact(self, n: int, sampled: int, score: Tensor | None) -> Compaction:
-        return Compaction(torch.arange(n - self.window, n), None, sampled)
+    def compact(self, view: View) -> Compaction:
+        return Compaction(torch.arange(view.n - self.window, view.n))
 
 
 @pytest.mark.usefixtures("known")
 def test_a_policy_of_ones_own() -> None:
-    assert register(Window) is Window
-    assert register(Window) is Window  # again is harmless
-    assert parse("window(window=100)") == Window(window=100)
-    assert names() == ("buzz", "full", "h2o", "streaming", "window")
+    assert register(Newest) is Newest
+    assert register(Newest) is Newest  # again is harmless
+    assert parse("newest(window=100)") == Newest(window=100)
+    assert names() == ("buzz", "full", "h2o", "newest", "streaming")
 
 
 @pytest.mark.usefixtures("known")
 def test_what_is_no_policy_cannot_be_registered() -> None:
-    for wrong in (object, Window(), Policy):
+    for wrong in (object, Newest(), Policy):
         with pytest.raises(PolicyError):
             register(wrong)  # type: ignore[type-var]
     for name, reason in (
@@ -139,4 +151,4 @@ def test_what_is_no_policy_cannot_be_registered() -> None:
         (None, "needs a name of"),
     ):
         with pytest.raises(PolicyError, match=reason):
-            register(type("Other", (Window,), {"name": name}))
+            register(type("Other", (Newest,), {"name": name}))

@@ -6,13 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buzz import Buzz, PolicyError
+from tests.buzz.driver import view_of
 
 
 def test_defaults_are_the_authors() -> None:
     policy = Buzz()
     assert (policy.sink, policy.window, policy.threshold, policy.stride) == (4, 160, 400, 5)
     assert policy.bound == 564
-    assert policy.scored
+    assert [(state.name, state.kind, state.decay) for state in policy.states] == [("score", "mass", 1)]
     assert policy.accumulates
     assert not Buzz(accumulate=False).accumulates
 
@@ -20,11 +21,10 @@ def test_defaults_are_the_authors() -> None:
 def test_each_cell_keeps_each_heads_most_attended_entry() -> None:
     policy = Buzz(sink=1, window=2, threshold=1, stride=3)
     score = torch.tensor([[9.0, 1, 5, 2, 3, 3, 1, 0, 8, 7], [9.0, 1, 1, 2, 0, 0, 0, 6, 8, 7]])
-    result = policy.compact(10, 0, score)
+    result = policy.compact(view_of(score))
     # the cells are 1-3, 4-6 and, shorter, 7; the first wins a tie
     assert result.index.tolist() == [[0, 2, 4, 7, 8, 9], [0, 3, 4, 7, 8, 9]]
-    assert result.score is not None
-    assert result.score.tolist() == [[0, 5, 3, 0, 8, 7], [0, 2, 0, 6, 8, 7]]
+    assert result.state["score"].tolist() == [[0, 5, 3, 0, 8, 7], [0, 2, 0, 6, 8, 7]]
     assert result.sampled == 3
     assert score[0, 0] == 9  # the input is not changed
 
@@ -32,24 +32,23 @@ def test_each_cell_keeps_each_heads_most_attended_entry() -> None:
 def test_sampled_entries_are_thinned_by_interval_and_their_scores_restart() -> None:
     policy = Buzz(sink=1, window=1, threshold=1, stride=5)
     score = torch.arange(12.0).flip(0).expand(2, 3, 12)
-    result = policy.compact(12, 7, score)
+    result = policy.compact(view_of(score, sampled=7))
     # sampled 1-7: every third; new 8-10: one cell
     assert result.index[1, 2].tolist() == [0, 1, 4, 7, 8, 11]
-    assert result.score is not None
-    assert result.score[1, 2].tolist() == [0, 0, 0, 0, 3, 0]
+    assert result.state["score"][1, 2].tolist() == [0, 0, 0, 0, 3, 0]
     assert result.sampled == 4
 
 
 def test_without_local_max_each_cell_keeps_its_first() -> None:
     policy = Buzz(sink=0, window=0, threshold=1, stride=4, local_max=False)
-    result = policy.compact(9, 0, torch.rand(2, 9))
+    result = policy.compact(view_of(torch.rand(2, 9)))
     assert result.index.tolist() == [[0, 4, 8]] * 2
 
 
 def test_scores_that_are_not_finite_never_keep_an_entry_that_is_not_there() -> None:
     policy = Buzz(sink=0, window=0, threshold=1, stride=3)
     for value in (float("nan"), float("inf"), float("-inf")):
-        result = policy.compact(4, 0, torch.full((1, 4), value))
+        result = policy.compact(view_of(torch.full((1, 4), value)))
         assert result.index.tolist() == [[0, 3]]
 
 
@@ -68,7 +67,7 @@ def test_compaction_ends_below_the_threshold(
     n, old = policy.bound + extra, int(sampled * threshold)
     rounds = 0
     while policy.due(n, old):
-        result = policy.compact(n, old, torch.zeros(1, n))
+        result = policy.compact(view_of(torch.zeros(1, n), old))
         n, old = result.index.shape[-1], result.sampled
         assert old == n - sink - window
         rounds += 1
@@ -99,8 +98,3 @@ def test_settings_that_make_no_sense_are_refused_with_a_reason(
 ) -> None:
     with pytest.raises(PolicyError, match=reason):
         Buzz(**settings)
-
-
-def test_it_needs_scores() -> None:
-    with pytest.raises(ValueError, match="none was given"):
-        Buzz().compact(600, 0, None)

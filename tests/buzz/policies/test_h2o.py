@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from buzz import H2O, PolicyError
+from tests.buzz.driver import view_of
 
 
 def test_each_head_keeps_its_heavy_hitters_in_order_and_the_recent() -> None:
@@ -12,14 +13,13 @@ def test_each_head_keeps_its_heavy_hitters_in_order_and_the_recent() -> None:
     assert not policy.due(5, 0)
     assert policy.due(6, 0)
     score = torch.tensor([[1.0, 5, 2, 4, 9, 9], [3.0, 3, 3, 3, 0, 1]])
-    result = policy.compact(6, 0, score)
+    result = policy.compact(view_of(score))
     assert result.index.tolist() == [[1, 2, 3, 4, 5], [0, 1, 2, 4, 5]]  # the first win a tie
-    assert result.score is not None
-    assert result.score.tolist() == [[5, 2, 4, 9, 9], [3, 3, 3, 0, 1]]
+    assert dict(result.state) == {}  # scores go on as they are
 
 
 def test_a_block_goes_at_a_time() -> None:
-    result = H2O(heavy=4, recent=0, block=3).compact(5, 0, torch.tensor([[[1.0, 5, 2, 4, 9]]]))
+    result = H2O(heavy=4, recent=0, block=3).compact(view_of(torch.tensor([[[1.0, 5, 2, 4, 9]]])))
     assert result.index.tolist() == [[[1, 4]]]
 
 
@@ -29,8 +29,3 @@ def test_a_block_goes_at_a_time() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(PolicyError, match="is not between"):
         H2O(**{"heavy": 4, "recent": 4, "block": 2} | settings)
-
-
-def test_it_needs_scores() -> None:
-    with pytest.raises(ValueError, match="none was given"):
-        H2O().compact(600, 0, None)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from buzz import PolicyError, Streaming
+from tests.buzz.driver import view_of
 
 
 def test_a_block_goes_when_one_entry_is_too_many() -> None:
@@ -10,15 +11,15 @@ def test_a_block_goes_when_one_entry_is_too_many() -> None:
     assert policy.bound == 8
     assert not policy.due(8, 0)
     assert policy.due(9, 0)
-    assert policy.compact(9, 0, None).index.tolist() == [0, 1, 6, 7, 8]
+    assert policy.compact(view_of(n=9)).index.tolist() == [0, 1, 6, 7, 8]
 
 
 def test_a_block_of_one_is_eviction_per_token() -> None:
-    assert Streaming(sink=1, window=3, block=1).compact(5, 0, None).index.tolist() == [0, 2, 3, 4]
+    assert Streaming(sink=1, window=3, block=1).compact(view_of(n=5)).index.tolist() == [0, 2, 3, 4]
 
 
 def test_a_long_prompt_goes_at_once() -> None:
-    index = Streaming().compact(4000, 0, None).index
+    index = Streaming().compact(view_of(n=4000)).index
     assert len(index) == 564 + 1 - 32
     assert index[:5].tolist() == [0, 1, 2, 3, 4000 - 529]
 
