@@ -28,7 +28,7 @@ def plain(
 ) -> Plain:
     heads, count, _ = query.shape
     group, n = heads // keys.shape[0], keys.shape[1]
-    done = Plain(torch.zeros_like(query), started(keys.shape[0], n))
+    done = Plain(torch.zeros_like(query), started(keys.shape[0], n - count, count))
     for row in range(count):
         view = n - count + row + 1
         done.state["fading"] *= 0.9
@@ -45,14 +45,15 @@ def plain(
     return done
 
 
-def started(*sizes: int) -> dict[str, Tensor]:
-    """Fresh memory for the three states, [*sizes], each at its START."""
-    return {
-        state.name: torch.full(
-            sizes, START[state.name], dtype=torch.int32 if state.kind == "vote" else torch.float64
-        )
-        for state in (SUM, FADING, VOTE)
-    }
+def started(kv_heads: int, old: int, new: int) -> dict[str, Tensor]:
+    """The three states `[kv_heads, old + new]`: old entries at their START, new masses at 0."""
+    state = {}
+    for s in (SUM, FADING, VOTE):
+        dtype = torch.int32 if s.kind == "vote" else torch.float64
+        state[s.name] = torch.full((kv_heads, old + new), START[s.name], dtype=dtype)
+        if s.kind == "mass":
+            state[s.name][:, old:] = 0
+    return state
 
 
 def records(state: dict[str, Tensor]) -> list[Record]:
@@ -78,14 +79,15 @@ def test_chunk(
     expected = plain(query, keys, values, 0.3, log_n)
     for logits in (attention._LOGITS, 1):  # in one block, and in blocks of 16 rows
         monkeypatch.setattr(attention, "_LOGITS", logits)
-        state = started(kv_heads, n)
+        state = started(kv_heads, n - count, count)
         output = attend_chunk(query, keys, values, 0.3, records(state), SEEN, log_n)
         torch.testing.assert_close(output, expected.output)
         torch.testing.assert_close(state, expected.state)
         torch.testing.assert_close(
             attend_chunk(query, keys, values, 0.3, log_n=log_n), output, rtol=0, atol=0
         )
-    assert (state["sum"] - START["sum"]).sum() == pytest.approx(kv_heads * group * count)
+    given = START["sum"] * kv_heads * (n - count)
+    assert state["sum"].sum() - given == pytest.approx(kv_heads * group * count)
 
 
 @pytest.mark.parametrize(("batch", "kv_heads"), [(1, 1), (1, 3), (5, 2), (2, 4)])
@@ -96,14 +98,20 @@ def test_decode_on_a_strided_view_with_garbage_beyond_the_lengths(
 ) -> None:
     layers, capacity, dim, n = 3, 50, 8, 45
     keys, values = (tensors(batch, layers, kv_heads, capacity, dim)[:, 1, :, :n] for _ in range(2))
-    pool = started(batch, layers, kv_heads, capacity)
-    into = records({name: memory[:, 1, :, :n] for name, memory in pool.items()})
-    seen = SEEN + 10 * torch.arange(batch)
     query = tensors(batch, kv_heads * group, dim)
     lengths = torch.randint(1, n + 1, (batch,))
     lengths[-1] = n
     if batch > 1:
         lengths[0] = 1
+    pool = {
+        name: state.expand(batch, layers, -1, -1).clone()
+        for name, state in started(kv_heads, capacity, 0).items()
+    }
+    for row, length in enumerate(lengths.tolist()):
+        for name in ("sum", "fading"):
+            pool[name][row, 1, :, length - 1] = 0  # the new token
+    into = records({name: memory[:, 1, :, :n] for name, memory in pool.items()})
+    seen = SEEN + 10 * torch.arange(batch)
     clean_keys, clean_values = keys.clone(), values.clone()
     for row, length in enumerate(lengths.tolist()):
         for tensor, garbage in ((keys, torch.nan), (values, torch.inf)):
@@ -123,9 +131,16 @@ def test_decode_on_a_strided_view_with_garbage_beyond_the_lengths(
 
 
 def test_votes_are_refused_without_the_tokens_seen_before() -> None:
-    query, keys, state = tensors(1, 2, 4), tensors(1, 2, 3, 4), started(1, 2, 3)
+    query, keys, state = tensors(1, 2, 4), tensors(1, 2, 3, 4), started(2, 2, 1)
     with pytest.raises(ValueError, match="votes need the tokens seen before"):
-        attend_decode(query, keys, keys, torch.tensor([3]), 0.5, records(state))
+        attend_decode(
+            query,
+            keys,
+            keys,
+            torch.tensor([3]),
+            0.5,
+            records({name: into[None] for name, into in state.items()}),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -153,7 +168,7 @@ def test_a_narrower_cache_costs_its_own_rounding_only() -> None:
         tensors(2, 30, 16).bfloat16(),
     )
     expected = plain(query.double(), keys.double(), values.double(), 0.25)
-    mass = torch.full((2, 30), START["sum"])
+    mass = started(2, 21, 9)["sum"].float()
     output = attend_chunk(query, keys, values, 0.25, [Record(SUM, mass)])
     torch.testing.assert_close(output.double(), expected.output, rtol=0, atol=1e-5)
     torch.testing.assert_close(mass.double(), expected.state["sum"], rtol=0, atol=1e-5)
