@@ -4,9 +4,13 @@ from buzz.attention import Record, attend_chunk, attend_decode
 from buzz.buffers import Buffers
 from buzz.cache import Cache, CacheState
 from buzz.policies.buzz import Buzz
+from buzz.policies.cascade import Cascade
+from buzz.policies.corm import Corm
+from buzz.policies.elastic import Elastic
 from buzz.policies.full import Full
 from buzz.policies.h2o import H2O
 from buzz.policies.streaming import Streaming
+from buzz.policies.window import Window
 from buzz.policy import MAX_STATES, Compaction, Policy, PolicyError, Positions, State, View
 from buzz.registry import names, parse, register
 from buzz.rotary import Rotary
@@ -18,7 +22,10 @@ __all__ = [
     "Buzz",
     "Cache",
     "CacheState",
+    "Cascade",
     "Compaction",
+    "Corm",
+    "Elastic",
     "Full",
     "Policy",
     "PolicyError",
@@ -28,6 +35,7 @@ __all__ = [
     "State",
     "Streaming",
     "View",
+    "Window",
     "attend_chunk",
     "attend_decode",
     "names",

@@ -124,7 +124,7 @@ class Policy(ABC):
                 raise PolicyError(
                     f"{self.name}: {field.name} must be {_words(hints[field.name])}, not {value!r}"
                 )
-            if type(value) is int and not 0 <= value <= MAX_BOUND:
+            if type(value) is int and value != field.default and not 0 <= value <= MAX_BOUND:
                 raise PolicyError(f"{self.name}: {field.name}={value} is not between 0 and {MAX_BOUND}")
 
     @property

@@ -8,9 +8,13 @@ from inspect import isabstract
 from typing import TypeVar
 
 from buzz.policies.buzz import Buzz
+from buzz.policies.cascade import Cascade
+from buzz.policies.corm import Corm
+from buzz.policies.elastic import Elastic
 from buzz.policies.full import Full
 from buzz.policies.h2o import H2O
 from buzz.policies.streaming import Streaming
+from buzz.policies.window import Window
 from buzz.policy import Policy, PolicyError
 
 MAX_SPEC_CHARS = 256
@@ -90,5 +94,5 @@ def _value(text: str) -> object:
     return text if text[0].isalpha() or text[0] == "_" else int(text)
 
 
-for _builtin in (Buzz, Full, H2O, Streaming):
+for _builtin in (Buzz, Cascade, Corm, Elastic, Full, H2O, Streaming, Window):
     register(_builtin)

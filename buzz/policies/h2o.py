@@ -36,9 +36,9 @@ class H2O(Policy):
     sizes: ClassVar[tuple[str, ...]] = ("heavy", "recent")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.block == -1:
             object.__setattr__(self, "block", max(1, min(32, self.heavy)))
-        super().__post_init__()
         self._check_bound()
         if not 1 <= self.block <= self.heavy:
             raise PolicyError(f"h2o: block={self.block} is not between 1 and heavy={self.heavy}")

@@ -34,9 +34,9 @@ class Streaming(Policy):
     sizes: ClassVar[tuple[str, ...]] = ("window",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.block == -1:
             object.__setattr__(self, "block", max(1, min(32, self.window)))
-        super().__post_init__()
         self._check_bound()
         if not 1 <= self.block <= self.window:
             raise PolicyError(f"streaming: block={self.block} is not between 1 and window={self.window}")

@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from buzz import (
-    H2O,
     Buffers,
-    Buzz,
     Cache,
     Policy,
     Record,
     Rotary,
-    Streaming,
     View,
     attend_chunk,
     attend_decode,
 )
 from tests.buzz import naive
-
-
-def rule_of(policy: Policy) -> naive.Rule:
-    original = policy.positions == "original"
-    if isinstance(policy, Buzz):
-        settings = dataclasses.asdict(policy)
-        del settings["positions"]
-        return naive.Rule("buzz", original=original, **settings)
-    if isinstance(policy, H2O):
-        return naive.Rule(
-            "h2o", heavy=policy.heavy, window=policy.recent, block=policy.block, original=original
-        )
-    if isinstance(policy, Streaming):
-        return naive.Rule("streaming", policy.sink, policy.window, block=policy.block, original=original)
-    return naive.Rule("full", original=original)
+from tests.buzz.rules import Entry
 
 
 def view_of(
@@ -145,10 +128,20 @@ class Driver:
 
     def oracle(self) -> naive.Session:
         shape = self.shape
-        rule = rule_of(self.cache.policy)
-        frequencies = self.rotary.inv_freq.double().tolist()
+        own = {
+            field.name: getattr(self.policy, field.name)
+            for field in dataclasses.fields(self.policy)
+            if field.name not in Policy.__dataclass_fields__
+        }
         return naive.Session(
-            rule, shape.layers, shape.kv_heads, shape.group, frequencies, shape.max_positions
+            self.policy.name,
+            own,
+            self.policy.positions == "original",
+            shape.layers,
+            shape.kv_heads,
+            shape.group,
+            self.rotary.inv_freq.double().tolist(),
+            shape.max_positions,
         )
 
     def fresh_keys(self) -> np.ndarray:
@@ -177,10 +170,18 @@ def assert_same(driver: Driver, oracle: naive.Session) -> None:
     assert cache.rotated_in_cache == oracle.in_cache
     if not cache.n:
         return
-    kept = [[[entry.position for entry in head] for head in layer] for layer in oracle.entries]
-    np.testing.assert_array_equal(driver.positions(), kept)
-    for name, state in cache.buffers.state.items():
-        expected = [[[entry.state[name] for entry in head] for head in layer] for layer in oracle.entries]
-        np.testing.assert_allclose(state[:, :, : cache.n].numpy(), expected, rtol=1e-9, atol=1e-12)
-    values = [[[entry.value for entry in head] for head in layer] for layer in oracle.entries]
-    np.testing.assert_array_equal(cache.buffers.values[:, :, : cache.n].numpy(), values)
+    heads = [[head.entries for head in layer] for layer in oracle.heads]
+
+    def expected(read: Callable[[Entry], object]) -> list[list[list[object]]]:
+        return [[[read(entry) for entry in entries] for entries in layer] for layer in heads]
+
+    np.testing.assert_array_equal(driver.positions(), expected(lambda entry: entry.position))
+    live = {name: state[:, :, : cache.n].numpy() for name, state in cache.buffers.state.items()}
+    if "score" in live:
+        scores = expected(lambda entry: entry.score)
+        np.testing.assert_allclose(live["score"], scores, rtol=1e-9, atol=1e-12)
+    if "vote" in live:
+        np.testing.assert_array_equal(live["vote"], expected(lambda entry: entry.mattered[-1]))
+    assert live.keys() <= {"score", "vote"}
+    values = cache.buffers.values[:, :, : cache.n].numpy()
+    np.testing.assert_allclose(values, expected(lambda entry: entry.value), rtol=0, atol=1e-12)

@@ -1,6 +1,6 @@
-"""The policies restated from their papers, as plainly as possible: loops, float64, unrotated keys.
+"""A session restated as plainly as possible: loops, float64, unrotated keys.
 
-Nothing here comes from the library, so that agreement means something.
+Nothing here or in `rules.py` comes from the library, so that agreement means something.
 """
 
 from __future__ import annotations
@@ -11,56 +11,42 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-
-@dataclass
-class Entry:
-    position: int
-    key: np.ndarray  # unrotated
-    value: np.ndarray
-    state: dict[str, float] = field(default_factory=lambda: {"score": 0.0})
-    turned: tuple[int, np.ndarray] | None = None  # the key rotated to a position, to save time
-
-
-@dataclass
-class Rule:
-    """A policy's settings, all of them, as plain values."""
-
-    kind: str
-    sink: int = 0
-    window: int = 0
-    threshold: int = 0
-    stride: int = 0
-    heavy: int = 0
-    block: int = 0
-    local_max: bool = True
-    accumulate: bool = True
-    log_n: int | None = None
-    original: bool = False
+from tests.buzz.rules import RULES, Entry, Head, Settings
 
 
 @dataclass
 class Session:
-    """Entries of [layer][head], and what design section 2 says happens to them."""
+    """Heads of [layer][kv_head], and what design section 2 says happens to them."""
 
-    rule: Rule
+    rule: str
+    settings: Settings  # all that are the policy's own
+    original: bool
     layers: int
     kv_heads: int
     group: int
     inv_freq: list[float]
     max_positions: int
-    entries: list[list[list[Entry]]] = field(init=False)
-    sampled: int = 0
+    heads: list[list[Head]] = field(init=False)
     seen: int = 0
     evicted: int = 0
     in_cache: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.entries = [[[] for _ in range(self.kv_heads)] for _ in range(self.layers)]
-        self.in_cache = not self.rule.original
+        self.heads = [[Head() for _ in range(self.kv_heads)] for _ in range(self.layers)]
+        self.in_cache = not self.original
 
     @property
     def n(self) -> int:
-        return len(self.entries[0][0])
+        return self._same({len(head.entries) for layer in self.heads for head in layer})
+
+    @property
+    def sampled(self) -> int:
+        return self._same({head.sampled for layer in self.heads for head in layer})
+
+    @staticmethod
+    def _same(values: set[int]) -> int:
+        (value,) = values
+        return value
 
     def rotate(self, vector: np.ndarray, position: int) -> np.ndarray:
         half = len(self.inv_freq)
@@ -73,34 +59,45 @@ class Session:
     def begin(self, count: int) -> None:
         if self.seen + count > self.max_positions:
             self.in_cache = True
-        if not self.rule.accumulate:
-            for head in self.heads():
-                for entry in head:
-                    entry.state["score"] = 0.0
+        if not self.settings.get("accumulate", True):
+            for layer in self.heads:
+                for head in layer:
+                    for entry in head.entries:
+                        entry.score = 0.0
 
     def token(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
         """One token: arrays [layer, heads, head_dim]; returns its attention, like query."""
         output = np.zeros_like(query)
         for layer in range(self.layers):
             for h in range(self.kv_heads):
-                entries = self.entries[layer][h]
-                entries.append(Entry(self.seen, key[layer, h], value[layer, h]))
-                places = [index if self.in_cache else entry.position for index, entry in enumerate(entries)]
-                keys = np.stack(
-                    [self.turned(entry, place) for entry, place in zip(entries, places, strict=True)]
-                )
-                for g in range(self.group):
-                    q = self.rotate(query[layer, h * self.group + g], places[-1])
-                    logits = keys @ q / math.sqrt(len(q))
-                    if self.rule.log_n is not None:
-                        logits *= max(1.0, math.log(len(entries)) / math.log(self.rule.log_n))
-                    weights = np.exp(logits - logits.max())
-                    weights /= weights.sum()
-                    output[layer, h * self.group + g] = weights @ np.stack([entry.value for entry in entries])
-                    for entry, weight in zip(entries, weights.tolist(), strict=True):
-                        entry.state["score"] += weight
+                entries = self.heads[layer][h].entries
+                entries.append(Entry(self.seen, key[layer, h], value[layer, h], mattered=[self.seen]))
+                own = slice(h * self.group, (h + 1) * self.group)
+                output[layer, own], weights = self.attend(query[layer, own], entries)
+                mattered = (weights * len(entries) >= 1).any(axis=0)
+                for entry, received, to_it in zip(entries, weights.sum(axis=0), mattered, strict=True):
+                    entry.score = entry.score * self.decay + received
+                    if to_it:
+                        entry.mattered.append(self.seen)
         self.seen += 1
         return output
+
+    @property
+    def decay(self) -> float:
+        return 0.9999999 if self.rule == "cascade" else 1.0
+
+    def attend(self, query: np.ndarray, entries: list[Entry]) -> tuple[np.ndarray, np.ndarray]:
+        """The last entry's queries [group, head_dim]: their outputs, and weights [group, n]."""
+        places = [index if self.in_cache else entry.position for index, entry in enumerate(entries)]
+        keys = np.stack([self.turned(entry, place) for entry, place in zip(entries, places, strict=True)])
+        turned = np.stack([self.rotate(q, places[-1]) for q in query])
+        logits = turned @ keys.T / math.sqrt(query.shape[1])
+        log_n = self.settings.get("log_n")
+        if log_n is not None:
+            logits *= max(1.0, math.log(len(entries)) / math.log(log_n))
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        return weights @ np.stack([entry.value for entry in entries]), weights
 
     def turned(self, entry: Entry, place: int) -> np.ndarray:
         if entry.turned is None or entry.turned[0] != place:
@@ -109,55 +106,7 @@ class Session:
 
     def end(self) -> None:
         before = self.n
-        while self.due():
-            sampled = self.sampled
-            for layer in self.entries:
-                for h in range(self.kv_heads):
-                    layer[h], sampled = self.compact(layer[h])
-            self.sampled = sampled
+        for layer in self.heads:
+            for head in layer:
+                RULES[self.rule](head, self.seen, **self.settings)
         self.evicted += before - self.n
-
-    def heads(self) -> list[list[Entry]]:
-        return [head for layer in self.entries for head in layer]
-
-    def due(self) -> bool:
-        rule = self.rule
-        if rule.kind == "buzz":
-            return self.n - rule.sink - rule.window > rule.threshold
-        if rule.kind == "streaming":
-            return self.n > rule.sink + rule.window
-        if rule.kind == "h2o":
-            return self.n > rule.heavy + rule.window
-        return False
-
-    def compact(self, entries: list[Entry]) -> tuple[list[Entry], int]:
-        rule = self.rule
-        if rule.kind == "streaming":
-            kept = list(entries)
-            while len(kept) > rule.sink + rule.window + 1 - rule.block:
-                del kept[rule.sink]
-            return kept, 0
-        last = len(entries) - rule.window
-        if rule.kind == "h2o":
-            kept = list(entries[:last])
-            while len(kept) > rule.heavy + 1 - rule.block:
-                lowest = min(entry.state["score"] for entry in kept)
-                del kept[max(i for i, entry in enumerate(kept) if entry.state["score"] == lowest)]
-            return kept + entries[last:], 0
-        sinks, middle, window = entries[: rule.sink], entries[rule.sink : last], entries[last:]
-        old = [entry for i, entry in enumerate(middle[: self.sampled]) if i % ((rule.stride + 1) // 2) == 0]
-        new = []
-        cell: list[Entry] = []
-        fresh = middle[self.sampled :]
-        for i, entry in enumerate(fresh):
-            cell.append(entry)
-            if len(cell) == rule.stride or i == len(fresh) - 1:
-                best = cell[0]
-                for other in cell[1:]:
-                    if rule.local_max and other.state["score"] > best.state["score"]:
-                        best = other
-                new.append(best)
-                cell = []
-        for entry in sinks + old:
-            entry.state["score"] = 0.0
-        return sinks + old + new + window, len(old) + len(new)

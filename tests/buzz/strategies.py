@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from buzz import H2O, Buzz, Full, Streaming
+from buzz import H2O, Buzz, Cascade, Corm, Elastic, Full, Streaming, Window
 
 modes = st.sampled_from(["in_cache", "original"])
 buzzes = st.builds(
@@ -32,4 +32,46 @@ streamings = st.integers(1, 12).flatmap(
         positions=modes,
     )
 )
-policies = buzzes | h2os | streamings | st.builds(Full, bound=st.just(200), positions=modes)
+windows = st.integers(1, 12).flatmap(
+    lambda window: st.builds(Window, window=st.just(window), block=st.integers(1, window), positions=modes)
+)
+corms = st.tuples(st.integers(0, 6), st.integers(1, 10)).flatmap(
+    lambda sizes: st.builds(
+        Corm,
+        budget=st.just(sum(sizes)),
+        recent=st.just(sizes[0]),
+        queries=st.integers(1, 8),
+        block=st.integers(1, sizes[1]),
+        positions=modes,
+    )
+)
+cascades = st.integers(1, 6).flatmap(
+    lambda size: st.builds(
+        Cascade,
+        sink=st.integers(0, 4),
+        cascades=st.integers(1, 4),
+        size=st.just(size),
+        halve=st.booleans(),
+        block=st.integers(1, size),
+        positions=modes,
+    )
+)
+
+
+@st.composite
+def _elastics(draw: st.DrawFn) -> Elastic:
+    heavy, recent = draw(st.integers(1, 12)), draw(st.integers(0, 6))
+    distance = draw(st.integers(0, heavy + recent))
+    return Elastic(
+        sink=draw(st.integers(0, 4)),
+        heavy=heavy,
+        recent=recent,
+        distance=distance,
+        block=draw(st.integers(1, min(heavy, heavy + recent + 1 - distance))),
+        positions=draw(modes),
+    )
+
+
+elastics = _elastics()
+fulls = st.builds(Full, bound=st.just(200), positions=modes)
+policies = buzzes | cascades | corms | elastics | fulls | h2os | streamings | windows

@@ -1,0 +1,74 @@
+"""CORM: what mattered to recent queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from buzz.policy import Compaction, Policy, PolicyError, State, View
+from buzz.ranking import top
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corm(Policy):
+    """Cache optimisation with recent messages (CORM, https://arxiv.org/abs/2404.15949).
+
+    A key matters to a query if its weight is at least the query's mean weight (one over the keys in view),
+    in any of the query heads that share the KV head. A key outside the `recent` last that mattered to none
+    of the last `queries` queries goes.
+
+    The paper has no budget, and its heads end up unequally long. Here all heads stay equally long: due
+    when more than `bound = budget` entries are held, each head then keeps `bound + 1 - block`, namely the
+    recent ones, then those that mattered to the last queries, and within either kind (to cap the one, or
+    to fill up with the other) those with more accumulated attention; the first wins a tie. A block of
+    `block` entries goes at a time, because survivors' positions move with each eviction and their keys
+    must be rotated.
+
+    Attributes:
+        budget: most entries.
+        recent: most recent entries, always kept.
+        queries: how many of the last queries are asked, w in the paper; at least 1.
+        block: entries evicted at a time while decoding, from 1 to `budget - recent`; by default 32, or
+            that if it is less.
+    """
+
+    budget: int = 564
+    recent: int = 64
+    queries: int = 64
+    block: int = -1
+
+    name: ClassVar[str] = "corm"
+    sizes: ClassVar[tuple[str, ...]] = ("budget",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block == -1:
+            object.__setattr__(self, "block", max(1, min(32, self.budget - self.recent)))
+        self._check_bound()
+        if self.queries < 1:
+            raise PolicyError("corm: queries=0 leaves no query to which an entry could matter")
+        if not 1 <= self.block <= self.budget - self.recent:
+            raise PolicyError(
+                f"corm: block={self.block} is not between 1 and budget - recent={self.budget - self.recent}"
+            )
+
+    @property
+    def bound(self) -> int:
+        return self.budget
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        return (State("score"), State("vote", "vote"))
+
+    def due(self, n: int, sampled: int) -> bool:
+        return n > self.bound
+
+    def compact(self, view: View) -> Compaction:
+        """Keep what is recent and what mattered: `bound + 1 - block` entries."""
+        older = view.n - self.recent
+        mattered = view.state["vote"][..., :older] >= view.seen - self.queries
+        count = self.bound + 1 - self.block - self.recent
+        kept = top(view.state["score"][..., :older], count, preferred=mattered)
+        return Compaction(torch.cat([kept, view.span(older, view.n)], dim=-1))
