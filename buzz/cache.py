@@ -215,12 +215,11 @@ class Cache:
                 raise RuntimeError(
                     f"policy {self.policy} is due at {view.n} entries and its compaction changes nothing"
                 )
+            if step.merge is not None or merge is not None:
+                past = _goals(keep, self.n) if merge is None else merge
+                goal = _goals(index, view.n) if step.merge is None else step.merge
+                merge = goal.gather(-1, past.clamp(min=0)).where(past >= 0, past)
             keep = keep.gather(-1, index)
-            if step.merge is not None:
-                goal = step.merge
-                merge = (
-                    goal if merge is None else goal.gather(-1, merge.clamp(min=0)).where(merge >= 0, merge)
-                )
             state = {name: step.state.get(name, old.gather(-1, index)) for name, old in view.state.items()}
             view = View(step.sampled, self.seen, view.position.gather(-1, index), state)
         return Compaction(keep, view.sampled, view.state, merge)
@@ -272,3 +271,9 @@ class Cache:
             return (total / count.unsqueeze(-1)).to(entries.dtype)
 
         return mean(keys), mean(buffers.values[layer, :, :n])
+
+
+def _goals(index: Tensor, n: int) -> Tensor:
+    """For each of `n` entries its place in `index` `[L, H, m]`, -1 where it has none: a merge of nothing."""
+    place = torch.arange(index.shape[-1], device=index.device).expand_as(index)
+    return index.new_full((*index.shape[:-1], n), -1).scatter(-1, index, place)

@@ -107,6 +107,7 @@ class Cascade(Policy):
         # repeating the first and the last of them fills up the groups and changes no winner
         place = torch.arange(-done, groups * every - done, device=offers.device)
         rivals = offers[..., place.clamp(0, max(offers.shape[-1] - 1, 0))]
-        score = view.state["score"].gather(-1, rivals).unflatten(-1, (groups, every))
+        shape = (*rivals.shape[:-1], groups, every)
+        score = view.state["score"].gather(-1, rivals).view(shape)
         best = every - 1 - score.flip(-1).argmax(dim=-1, keepdim=True)  # the last one wins a tie
-        return rivals.unflatten(-1, (groups, every)).gather(-1, best).squeeze(-1)
+        return rivals.reshape(shape).gather(-1, best).squeeze(-1)

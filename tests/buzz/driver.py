@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -39,6 +40,23 @@ def view_of(
     return View(sampled, position.shape[-1] if seen is None else seen, position, state)
 
 
+def segments(seed: int, steps: int, longest: int = 40) -> list[list[int]]:
+    """Single tokens, and one prompt among ten, cut anyhow, until `steps` steps are full."""
+    random = np.random.default_rng(seed)
+    result, total = [], 0
+    while total < steps:
+        prompt = random.random() < 0.1
+        result.append(cuts_of(random, int(random.integers(1, longest + 1))) if prompt else [1])
+        total += len(result[-1])
+    return result
+
+
+def cuts_of(random: np.random.Generator, count: int) -> list[int]:
+    """`count` tokens in one to four steps."""
+    edges = sorted({0, count, *random.integers(1, count + 1, size=3).tolist()})
+    return [b - a for a, b in itertools.pairwise(edges)]
+
+
 @dataclasses.dataclass
 class Shape:
     layers: int = 1
@@ -49,29 +67,41 @@ class Shape:
     capacity: int = 256
     dtype: torch.dtype = torch.float64
 
+    def memory(self, policy: Policy, capacity: int, sessions: int = 1) -> Buffers:
+        """Fresh memory, the layers of one session after the other's; of NaN, on which nothing may depend."""
+        size = (sessions * self.layers, self.kv_heads, capacity, self.head_dim)
+        buffers = Buffers.empty(*size, self.dtype, "cpu", policy.states)
+        buffers.keys.fill_(torch.nan)
+        return buffers
+
 
 class Driver:
     """One session of the library; tokens come from `seed`, so two drivers see the same text."""
 
-    def __init__(self, policy: Policy, shape: Shape, seed: int = 0, slot: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        shape: Shape,
+        seed: int = 0,
+        slot: bool = False,
+        workspace: Buffers | None = None,
+    ) -> None:
         self.shape = shape
         self.policy = policy
         self.random = np.random.default_rng(seed)
         self.rotary = Rotary.of(shape.head_dim, shape.max_positions, theta=100.0)
-        self.workspace = self.memory(shape.capacity)
+        self.workspace = workspace or self.memory(shape.capacity)
         self.slot = self.memory(policy.bound + 8) if slot else None
         self.cache = Cache(policy, self.rotary, self.workspace)
         self.keys: list[np.ndarray] = []  # unrotated, [layer, kv_heads, head_dim] of each token ever seen
         self.steps = 0
+        self.output = torch.empty(0)  # of the last step, [layer, query_heads, count, head_dim]
 
     def memory(self, capacity: int) -> Buffers:
-        shape = self.shape
-        size = (shape.layers, shape.kv_heads, capacity, shape.head_dim)
-        buffers = Buffers.empty(*size, shape.dtype, "cpu", self.policy.states)
-        buffers.keys.fill_(torch.nan)  # nothing may depend on memory that was never written
-        return buffers
+        return self.shape.memory(self.policy, capacity)
 
     def draw(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Random queries, keys and values `[count, layer, heads, head_dim]`."""
         shape = self.shape
         token = (count, shape.layers, shape.kv_heads * (shape.group + 2), shape.head_dim)
         drawn = self.random.standard_normal(token)
@@ -91,30 +121,24 @@ class Driver:
             oracle.begin(sum(cuts))
         for count in cuts:
             tokens = self.draw(count)
-            output = self.step(count, *(torch.from_numpy(t).to(self.shape.dtype) for t in tokens))
+            self.step(*tokens)
             if oracle is not None:
-                expected = np.stack([oracle.token(*token) for token in zip(*tokens, strict=True)])
-                np.testing.assert_allclose(output.numpy(), expected, atol=1e-9)
+                expected = np.stack([oracle.token(*token) for token in zip(*tokens, strict=True)], axis=2)
+                np.testing.assert_allclose(self.output.numpy(), expected, atol=1e-9)
         evicted = cache.end_segment(self.slot)
         if oracle is not None:
             oracle.end()
         return evicted
 
-    def step(self, count: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        cache, shape = self.cache, self.shape
-        self.steps += 1
-        positions = torch.tensor(cache.next_positions(count))
-        cache.prepare(count)
-        buffers, start, end = cache.buffers, cache.n, cache.n + count
+    def step(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
+        """A forward pass over some tokens of a segment, as drawn."""
+        cache, count, self.steps = self.cache, len(query), self.steps + 1
+        turned, buffers, end = self.write(query, key, value), cache.buffers, cache.n + count
+        scale, log_n = self.shape.head_dim**-0.5, self.policy.log_n
         outputs = []
-        for layer in range(shape.layers):
-            q, k, v = (t[:, layer].transpose(0, 1) for t in (query, key, value))
-            q = self.rotary.rotate(q, positions)
-            buffers.keys[layer, :, start:end] = self.rotary.rotate(k, positions)
-            buffers.values[layer, :, start:end] = v
+        for layer, q in enumerate(turned):
             keys, values = buffers.keys[layer, :, :end], buffers.values[layer, :, :end]
             records = cache.records(layer, end)
-            scale, log_n = shape.head_dim**-0.5, self.policy.log_n
             if count == 1:
                 batch = (t.unsqueeze(0) for t in (q[:, 0], keys, values))
                 records = [Record(record.state, record.into.unsqueeze(0)) for record in records]
@@ -124,7 +148,17 @@ class Driver:
                 out = attend_chunk(q, keys, values, scale, records, cache.seen, log_n)
             outputs.append(out)
         cache.append(count)
-        return torch.stack(outputs).permute(2, 0, 1, 3)
+        self.output = torch.stack(outputs)
+
+    def write(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> torch.Tensor:
+        """Place new entries; returns the queries turned to their positions, `[layer, heads, count, dim]`."""
+        cache, count = self.cache, len(query)
+        positions = torch.tensor(cache.next_positions(count))
+        cache.prepare(count)
+        q, k, v = (torch.from_numpy(t).to(self.shape.dtype).permute(1, 2, 0, 3) for t in (query, key, value))
+        cache.buffers.keys[:, :, cache.n : cache.n + count] = self.rotary.rotate(k, positions)
+        cache.buffers.values[:, :, cache.n : cache.n + count] = v
+        return self.rotary.rotate(q, positions)
 
     def oracle(self) -> naive.Session:
         shape = self.shape
@@ -156,6 +190,61 @@ class Driver:
 
     def positions(self) -> np.ndarray:
         return self.cache.buffers.position[:, :, : self.cache.n].numpy()
+
+
+class Together:
+    """Sessions whose memory is one pool, and whose single tokens attend in one batch."""
+
+    def __init__(self, policy: Policy, shape: Shape, seeds: Sequence[int]) -> None:
+        self.pool = shape.memory(policy, shape.capacity, len(seeds))
+        self.drivers = []
+        for row, seed in enumerate(seeds):
+            own = slice(row * shape.layers, (row + 1) * shape.layers)
+            state = {name: memory[own] for name, memory in self.pool.state.items()}
+            memory = Buffers(self.pool.keys[own], self.pool.values[own], self.pool.position[own], state)
+            self.drivers.append(Driver(policy, shape, seed, workspace=memory))
+
+    def segment(self) -> torch.Tensor:
+        """One token in every session: their attention, `[session, layer, query_heads, head_dim]`."""
+        caches, shape = [driver.cache for driver in self.drivers], self.drivers[0].shape
+        for cache in caches:
+            cache.begin_segment(1)
+        queries = torch.stack([driver.write(*driver.draw(1))[:, :, 0] for driver in self.drivers])
+        lengths = torch.tensor([cache.n + 1 for cache in caches])
+        seen = torch.tensor([cache.seen for cache in caches])
+        end, policy = int(lengths.max()), caches[0].policy
+        output = torch.empty_like(queries)
+        for layer in range(shape.layers):
+
+            def rows(memory: torch.Tensor, layer: int = layer) -> torch.Tensor:
+                return memory.unflatten(0, (-1, shape.layers))[:, layer, :, :end]
+
+            records = [Record(state, rows(self.pool.state[state.name])) for state in policy.states]
+            output[:, layer] = attend_decode(
+                queries[:, layer],
+                rows(self.pool.keys),
+                rows(self.pool.values),
+                lengths,
+                shape.head_dim**-0.5,
+                records,
+                seen,
+                policy.log_n,
+            )
+        for cache in caches:
+            cache.append(1)
+            cache.end_segment()
+        return output
+
+
+def assert_equal(mine: Cache, theirs: Cache, **tolerance: float) -> None:
+    """Two caches hold the same: counts, keys, values, positions and states; exactly, unless told."""
+    assert mine.state() == theirs.state()
+    a, b, n = mine.buffers, theirs.buffers, mine.n
+    assert a.state.keys() == b.state.keys()
+    pairs = [(a.position, b.position), (a.keys, b.keys), (a.values, b.values)]
+    pairs += [(a.state[name], b.state[name]) for name in a.state]
+    for x, y in pairs:
+        torch.testing.assert_close(x[:, :, :n], y[:, :, :n], **(tolerance or {"rtol": 0, "atol": 0}))
 
 
 def assert_same(driver: Driver, oracle: naive.Session) -> None:

@@ -1,0 +1,523 @@
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CohereConfig,
+    DynamicCache,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from apiary_server.model import catalog
+from buzz import Buffers, Cache, PolicyError, Rotary, parse
+from buzz.hf import BuzzCache, UnsupportedError
+
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+}
+OWN: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 12},
+    "gemma": {"head_dim": 16, "num_key_value_heads": 1},
+}
+LENGTH = 96
+SMALL = (
+    "buzz(sink=2,window=8,threshold=12,stride=4)",
+    "h2o(heavy=8,recent=10,block=3)",
+    "streaming(sink=2,window=16,block=4)",
+)
+BOTH = [f"{spec[:-1]},positions={mode})" for spec in SMALL for mode in ("in_cache", "original")]
+
+
+def sized(config: Callable[..., Any], **own: Any) -> Any:
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": LENGTH,
+        "initializer_range": 0.4,  # large enough that what attention does shows in the tokens
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return config(**sizes | own)
+
+
+def model_of(config: Any, attention: str = "sdpa") -> PreTrainedModel:
+    torch.manual_seed(11)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return model_of(sized(CONFIGS[request.param], **OWN.get(request.param, {})))
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return model_of(sized(LlamaConfig))
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(1, 61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+PROMPTS = [tokens(count, seed=count) for count in (5, 19, 33)]
+
+
+def padded(prompts: Sequence[Tensor]) -> dict[str, Tensor]:
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.stack([torch.cat([prompt.new_zeros(longest - len(prompt)), prompt]) for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def generate(
+    model: PreTrainedModel, ids: Tensor | dict[str, Tensor], cache: Any, new: int, **how: Any
+) -> Any:
+    inputs = ids if isinstance(ids, dict) else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return model.generate(**inputs, past_key_values=cache, max_new_tokens=new, **{"do_sample": False, **how})
+
+
+def logits(model: PreTrainedModel, ids: Tensor, cache: Any = None, **how: Any) -> Tensor:
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, use_cache=cache is not None, **how).logits
+
+
+def kept(cache: BuzzCache, row: int = 0) -> Tensor:
+    held = cache.rows[row]
+    return held.buffers.position[:, :, : held.n]
+
+
+def test_full_is_the_dynamic_cache(model: PreTrainedModel) -> None:
+    prompt, batch = tokens(1, 20), padded(PROMPTS)
+    expected = generate(model, prompt, DynamicCache(), 40)
+    assert generate(model, prompt, BuzzCache(model, "full"), 40).equal(expected)
+    assert len(expected[0, 20:].unique()) > 5  # no model that repeats itself, whose tokens show nothing
+    expected = generate(model, batch, DynamicCache(), 40)
+    assert generate(model, batch, BuzzCache(model, "full"), 40).equal(expected)
+
+
+def test_sampling_draws_the_same_tokens(model: PreTrainedModel) -> None:
+    outcomes = []
+    for cache in (DynamicCache(), BuzzCache(model, "full")):
+        torch.manual_seed(5)
+        how = {"do_sample": True, "top_k": 0, "temperature": 1.5, "num_return_sequences": 2}
+        outcomes.append(generate(model, padded(PROMPTS), cache, 30, **how))
+    assert outcomes[0].equal(outcomes[1])
+    assert not outcomes[0][0].equal(outcomes[0][1])
+
+
+def test_beam_search_finds_the_same_beams(llama: PreTrainedModel) -> None:
+    how = {"num_beams": 3, "num_return_sequences": 2}
+    expected = generate(llama, padded(PROMPTS), DynamicCache(), 20, **how)
+    assert generate(llama, padded(PROMPTS), BuzzCache(llama, "full"), 20, **how).equal(expected)
+    bounded = BuzzCache(llama, SMALL[1])
+    generate(llama, padded(PROMPTS), bounded, 20, **how)
+    assert [row.n <= bounded.policy.bound for row in bounded.rows] == [True] * 9
+
+
+@pytest.mark.parametrize("spec", BOTH)
+def test_a_row_of_a_batch_is_the_prompt_alone_past_the_bound_and_the_model(
+    llama: PreTrainedModel, spec: str
+) -> None:
+    batch = BuzzCache(llama, spec)
+    held: list[list[int]] = []
+
+    def look(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        held.append([row.n for row in batch.rows])
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    ids = generate(llama, padded(PROMPTS), batch, 120, stopping_criteria=[look])
+    bound = batch.policy.bound
+    assert max(map(max, held)) in {bound, bound - 1}  # so the next assertion has something to show
+    assert batch.get_seq_length() == 33 + 119 > LENGTH
+    assert all(row.rotated_in_cache and row.evicted > 90 for row in batch.rows)
+    for index, prompt in enumerate(PROMPTS):
+        alone = BuzzCache(llama, spec)
+        expected = generate(llama, prompt[None], alone, 120)[0, len(prompt) :]
+        assert ids[index, 33:].equal(expected)
+        assert batch.rows[index].seen == len(prompt) + 119
+        assert kept(batch, index).equal(kept(alone))
+
+
+@pytest.mark.parametrize("spec", SMALL)
+def test_every_architecture_runs_past_the_model_like_a_batch_of_one(
+    model: PreTrainedModel, spec: str
+) -> None:
+    cache = BuzzCache(model, spec)
+    ids = generate(model, padded(PROMPTS), cache, 90)
+    assert ids[2, 33:].equal(generate(model, PROMPTS[2][None], BuzzCache(model, spec), 90)[0, 33:])
+    assert [row.n <= cache.policy.bound for row in cache.rows] == [True] * 3
+
+
+@pytest.mark.parametrize("spec", SMALL)
+def test_in_cache_positions_are_those_of_the_kept_tokens_alone(spec: str) -> None:
+    """With one layer and head keys depend on their tokens alone, so attention over a cache must be the plain
+    model over the kept tokens."""
+    model = model_of(sized(LlamaConfig, num_hidden_layers=1, num_key_value_heads=1))
+    cache, ids = BuzzCache(model, spec), tokens(1, 150)
+    logits(model, ids[:, :15], cache)
+    for at in range(15, 150):
+        before = kept(cache).flatten().long()
+        step = logits(model, ids[:, at : at + 1], cache)[0, -1]
+        alone = logits(model, torch.cat([ids[:, before], ids[:, at : at + 1]], dim=1))[0, -1]
+        torch.testing.assert_close(step, alone, atol=1e-4, rtol=0)
+    assert cache.rows[0].evicted > 100
+
+
+def test_original_positions_are_the_plain_model_under_a_mask(llama: PreTrainedModel) -> None:
+    policy = parse("streaming(sink=2,window=16,block=4,positions=original)")
+    cache, ids = BuzzCache(llama, policy), tokens(1, 90)
+    driven = Cache(policy, Rotary.of(8, LENGTH), Buffers.empty(1, 1, 64, 8, torch.float32, "cpu"))
+    seen = torch.zeros(90, 90, dtype=torch.bool)
+    steps = []
+    for count in [30] + [1] * 60:
+        start = driven.seen
+        before = driven.buffers.position[0, 0, : driven.n].long()
+        driven.begin_segment(count)
+        driven.prepare(count)
+        driven.append(count)
+        driven.end_segment()
+        seen[start : start + count, before] = True
+        seen[start : start + count, start : start + count] = torch.ones(count, count).tril().bool()
+        steps.append(logits(llama, ids[:, start : start + count], cache))
+        assert (kept(cache) == driven.buffers.position[:, :, : driven.n]).all()
+    assert driven.evicted == 90 - driven.n > 60
+    expected = logits(llama, ids, attention_mask=seen[None, None])
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("spec", ["full", *SMALL])
+def test_two_calls_are_one(llama: PreTrainedModel, spec: str) -> None:
+    prompts = padded(PROMPTS)
+    whole = generate(llama, prompts, BuzzCache(llama, spec), 40)
+    cache = BuzzCache(llama, spec)
+    first = generate(llama, prompts, cache, 15)
+    mask = torch.cat([prompts["attention_mask"], torch.ones(3, 15, dtype=torch.long)], dim=1)
+    assert generate(llama, {"input_ids": first, "attention_mask": mask}, cache, 25).equal(whole)
+
+
+def test_a_second_turn_computes_only_what_is_new(llama: PreTrainedModel) -> None:
+    cache = BuzzCache(llama, "full")
+    history = generate(llama, tokens(1, 12), cache, 10)
+    assert cache.get_seq_length() == 21  # the last token was never fed
+    history = torch.cat([history, tokens(1, 8, seed=3)], dim=1)
+    answer = generate(llama, history, cache, 10)
+    assert answer.equal(generate(llama, history, DynamicCache(), 10))
+    assert cache.get_seq_length() == cache.rows[0].seen == 39
+
+
+def test_a_prompt_longer_than_the_model_comes_in_chunks(llama: PreTrainedModel) -> None:
+    cache, ids = BuzzCache(llama, SMALL[0]), tokens(1, 200)
+    with pytest.raises(UnsupportedError, match="prefill_chunk_size=74"):
+        generate(llama, ids, cache, 5)
+    assert cache.get_seq_length() == 0
+    answer = generate(llama, ids, cache, 5, prefill_chunk_size=74)
+    stepped = BuzzCache(llama, SMALL[0])
+    for chunk in ids.split(74, dim=1):
+        last = logits(llama, chunk, stepped)
+    assert answer[0, 200] == last[0, -1].argmax()
+    assert cache.rows[0].seen == 204
+
+
+def test_padding_may_stand_anywhere(llama: PreTrainedModel) -> None:
+    cache, alone = BuzzCache(llama, SMALL[0]), BuzzCache(llama, SMALL[0])
+    ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, [0, 1, 7, 20, 29]] = 0
+    real = logits(llama, ids[:1, mask[0].bool()], alone)
+    assert (
+        torch.testing.assert_close(
+            logits(llama, ids, cache, attention_mask=mask)[0, mask[0].bool()], real[0], atol=1e-5, rtol=0
+        )
+        is None
+    )
+    mask = torch.cat([mask, torch.tensor([[0], [1]])], dim=1)  # nothing new in row 0
+    logits(llama, tokens(2, 1), cache, attention_mask=mask)
+    assert [row.seen for row in cache.rows] == [25, 31]
+    assert kept(cache, 0).equal(kept(alone))
+
+
+def test_the_model_is_as_before_without_the_cache(model: PreTrainedModel) -> None:
+    fresh = copy.deepcopy(model)
+    fresh.set_attn_implementation("sdpa")
+    batch = padded(PROMPTS)
+    expected, generated = logits(fresh, **batch_of(batch)), generate(fresh, batch, None, 10)
+    generate(model, batch, BuzzCache(model, SMALL[0]), 10)
+    assert model.config._attn_implementation == "buzz|sdpa"
+    assert logits(model, **batch_of(batch)).equal(expected)
+    assert generate(model, batch, None, 10).equal(generated)
+    assert generate(model, batch, DynamicCache(), 10).equal(generated)
+
+
+def batch_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+def test_eager_attention_stays_eager() -> None:
+    config = sized(LlamaConfig)
+    model, fresh = model_of(config, "eager"), model_of(copy.deepcopy(config), "eager")
+    ids = generate(model, padded(PROMPTS), BuzzCache(model, "full"), 20)
+    assert ids.equal(generate(fresh, padded(PROMPTS), None, 20))
+    assert model.config._attn_implementation == "buzz|eager"
+    with torch.no_grad():
+        mine = model(PROMPTS[1][None], output_attentions=True)
+        theirs = fresh(PROMPTS[1][None], output_attentions=True)
+    assert mine.logits.equal(theirs.logits)
+    assert [a.equal(b) for a, b in zip(mine.attentions, theirs.attentions, strict=True)] == [True] * 2
+
+
+def test_caches_in_turn_and_in_threads_do_not_meet(llama: PreTrainedModel) -> None:
+    expected = [generate(llama, prompt[None], BuzzCache(llama, SMALL[0]), 40)[0] for prompt in PROMPTS]
+    plain = generate(llama, PROMPTS[1][None], None, 40)
+    caches = [BuzzCache(llama, SMALL[0]) for _ in PROMPTS]
+    rows = list(PROMPTS)
+    for _ in range(40):
+        for index, cache in enumerate(caches):
+            new = rows[index][cache.get_seq_length() :]
+            chosen = logits(llama, new[None], cache)[0, -1].argmax()
+            rows[index] = torch.cat([rows[index], chosen[None]])
+            logits(llama, new[None])
+    assert [a.equal(b) for a, b in zip(rows, expected, strict=True)] == [True] * 3
+
+    outcomes: dict[int, Tensor] = {}
+
+    def work(index: int) -> None:
+        cache = BuzzCache(llama, SMALL[0]) if index < 3 else None
+        outcomes[index] = generate(llama, PROMPTS[index % 3 if cache else 1][None], cache, 40)[0]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [outcomes[index].equal(expected[index]) for index in range(3)] == [True] * 3
+    assert outcomes[3].equal(plain[0])
+
+
+def test_a_copy_continues_on_its_own(llama: PreTrainedModel) -> None:
+    prefix, one, two = tokens(1, 40), tokens(1, 9, seed=1), tokens(1, 9, seed=2)
+    cache = BuzzCache(llama, SMALL[0])
+    empty = copy.deepcopy(cache)
+    logits(llama, prefix, cache)
+    twin = copy.deepcopy(cache)
+    first, second = logits(llama, one, cache), logits(llama, two, twin)
+    assert second.equal(logits(llama, two, _after(llama, prefix)))
+    assert first.equal(logits(llama, one, _after(llama, prefix)))
+    assert (empty.rows, empty.get_seq_length()) == ((), 0)
+    cache.reset()
+    assert (cache.nbytes, cache.batch_size, cache.get_seq_length()) == (0, -1, 0)
+    logits(llama, prefix, cache)
+    assert logits(llama, one, cache).equal(first)
+
+
+def _after(model: PreTrainedModel, prefix: Tensor) -> BuzzCache:
+    cache = BuzzCache(model, SMALL[0])
+    logits(model, prefix, cache)
+    return cache
+
+
+def test_rows_repeat_and_are_selected(llama: PreTrainedModel) -> None:
+    cache = BuzzCache(llama, SMALL[1])
+    ids = tokens(2, 30)
+    logits(llama, ids, cache)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    assert cache.batch_size == 2
+    swapped = logits(llama, tokens(1, 1).expand(2, 1), cache)
+    again = BuzzCache(llama, SMALL[1])
+    logits(llama, ids, again)
+    assert swapped.equal(logits(llama, tokens(1, 1).expand(2, 1), again).flip(0))
+
+
+def test_memory_is_the_bound_at_rest(llama: PreTrainedModel) -> None:
+    cache = BuzzCache(llama, SMALL[0])
+    assert cache.nbytes == 0
+    generate(llama, padded(PROMPTS), cache, 30)
+    entry = 2 * 2 * (2 * 8 * 4 + 4 + 4)  # layers, KV heads, a key and a value, a position, a score
+    assert cache.nbytes == 3 * (cache.policy.bound + 1) * entry
+    logits(llama, tokens(3, 60), cache, attention_mask=_mask_for(cache, 60))
+    assert cache.nbytes == 3 * (cache.policy.bound + 1) * entry
+    full = BuzzCache(llama, "full")
+    logits(llama, tokens(1, 10), full)
+    assert 10 * (entry - 2 * 2 * 4) <= full.nbytes < LENGTH * (entry - 2 * 2 * 4)  # it keeps no score
+
+
+def _mask_for(cache: BuzzCache, new: int) -> Tensor:
+    mask = torch.ones(len(cache.rows), cache.get_seq_length() + new, dtype=torch.long)
+    for row, held in enumerate(cache.rows):
+        mask[row, : cache.get_seq_length() - held.seen] = 0
+    return mask
+
+
+def test_half_precision_and_inference_mode_work(llama: PreTrainedModel) -> None:
+    half = copy.deepcopy(llama).to(torch.bfloat16)
+    cache = BuzzCache(half, SMALL[0])
+    with torch.inference_mode():
+        first = generate(half, tokens(1, 12), cache, 20)
+    assert cache.rows[0].buffers.keys.dtype == torch.bfloat16
+    assert len(generate(half, first, cache, 20)[0]) == 52
+
+
+def dynamic() -> Any:
+    return sized(LlamaConfig, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (lambda: sized(GPT2Config), "has no rotary positions"),
+        (lambda: sized(MistralConfig, sliding_window=8), "sliding_attention over 8 tokens"),
+        (lambda: sized(Gemma2Config, head_dim=8), "layers of full_attention, sliding_attention"),
+        (lambda: sized(CohereConfig), "rotates in a way that is not served"),  # interleaved
+        (lambda: sized(SmolLM3Config, num_hidden_layers=4), "rotates in a way that is not served"),  # NoPE
+        (dynamic, "positions of type dynamic"),
+    ],
+    ids=["gpt2", "mistral", "gemma2", "cohere", "smollm3", "dynamic"],
+)
+def test_models_that_are_not_served_are_refused_and_left_alone(
+    config: Callable[[], Any], reason: str
+) -> None:
+    model = model_of(config(), "eager")
+    before = logits(model, tokens(1, 9))
+    with pytest.raises(UnsupportedError, match=reason):
+        BuzzCache(model, "buzz")
+    assert model.config._attn_implementation == "eager"
+    assert logits(model, tokens(1, 9)).equal(before)
+
+
+def test_what_is_no_decoder_at_rest_is_refused(llama: PreTrainedModel) -> None:
+    small = T5Config(vocab_size=61, d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8)
+    with pytest.raises(UnsupportedError, match="not a plain decoder"):
+        BuzzCache(T5ForConditionalGeneration(small), "buzz")
+    with pytest.raises(UnsupportedError, match="not a Linear"):
+        BuzzCache(torch.nn.Linear(2, 2), "buzz")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="call model.eval"):
+        BuzzCache(copy.deepcopy(llama).train(), "streaming(sink=1,window=8)")
+    flexible = copy.deepcopy(llama)
+    flexible.set_attn_implementation("flex_attention")
+    with pytest.raises(UnsupportedError, match="set_attn_implementation"):
+        BuzzCache(flexible, SMALL[0])
+    for spec, reason in (("buzz(", "is not a policy"), ("streaming(sink=4,window=92)", "must be less")):
+        with pytest.raises(PolicyError, match=reason):
+            BuzzCache(llama, spec)
+
+
+def test_ways_to_generate_that_take_back_tokens_are_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(UnsupportedError, match="takes tokens back"):
+        generate(llama, tokens(1, 9), BuzzCache(llama, SMALL[0]), 9, prompt_lookup_num_tokens=2)
+    with pytest.raises(UnsupportedError, match="takes tokens back"):
+        generate(llama, tokens(1, 9), BuzzCache(llama, SMALL[0]), 9, assistant_model=copy.deepcopy(llama))
+    with pytest.raises(UnsupportedError, match="cannot be cropped"):
+        BuzzCache(llama, SMALL[0]).crop(-1)
+    with pytest.raises(ValueError, match="cache_implementation"):
+        generate(llama, tokens(1, 9), BuzzCache(llama, SMALL[0]), 9, cache_implementation="static")
+
+
+def test_forward_calls_that_make_no_sense_are_refused_and_change_nothing(llama: PreTrainedModel) -> None:
+    cache, other = BuzzCache(llama, SMALL[0]), copy.deepcopy(llama)
+    ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :5] = 0
+    BuzzCache(other, SMALL[0])
+    logits(llama, ids, cache, attention_mask=mask)
+    before = [row.state() for row in cache.rows]
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("no gradients", lambda: llama(tokens(2, 1), past_key_values=cache)),
+        ("compiled", lambda: logits(torch.compile(llama, backend="eager", fullgraph=True), ids, cache)),
+        ("a batch of 2, and 1 rows", lambda: logits(llama, tokens(1, 1), cache)),
+        ("another model", lambda: logits(other, tokens(2, 1), cache)),
+        ("not \\[2, 20\\]", lambda: logits(llama, tokens(2, 1), cache, attention_mask=mask)),
+        (
+            "not \\[2, 1, 1, 21\\]",
+            lambda: logits(llama, tokens(2, 1), cache, attention_mask=torch.ones(2, 1, 1, 21).bool()),
+        ),
+        (
+            "20 earlier tokens in row 0, where the cache has seen 15",
+            lambda: logits(llama, tokens(2, 1), cache, attention_mask=torch.ones(2, 21)),
+        ),
+        ("exceed the model's 96 positions", lambda: logits(llama, tokens(2, 90), cache)),
+        (
+            "one position for each token",
+            lambda: logits(llama, tokens(2, 1), cache, position_ids=torch.zeros(3, 2, 1, dtype=torch.long)),
+        ),
+        ("output_attentions", lambda: logits(llama, tokens(2, 1), cache, output_attentions=True)),
+    ]
+    for reason, call in calls:
+        with pytest.raises(Exception, match=reason) as caught:
+            call()
+        if reason != "compiled":
+            assert caught.type is UnsupportedError
+        assert ([row.state() for row in cache.rows], cache.get_seq_length()) == (before, 20), reason
+    logits(llama, tokens(2, 1), cache)
+
+
+def test_a_full_cache_says_so(llama: PreTrainedModel) -> None:
+    cache = BuzzCache(llama, "full(bound=30)")
+    assert (cache.get_max_length(), BuzzCache(llama, SMALL[0]).get_max_length()) == (30, -1)
+    with pytest.raises(PolicyError, match="is full, 31 entries do not fit"):
+        generate(llama, tokens(1, 20), cache, 40)
+    assert cache.rows[0].n == 30
+
+
+def test_a_call_that_stopped_halfway_is_noticed(llama: PreTrainedModel) -> None:
+    cache, ids = BuzzCache(llama, SMALL[0]), tokens(1, 9)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = llama.model.layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        logits(llama, ids, cache)
+    hook.remove()
+    with pytest.raises(UnsupportedError, match="layer 0 came where layer 1 was due: an earlier forward call"):
+        logits(llama, ids, cache)
+    cache.reset()
+    assert logits(llama, ids, cache).equal(logits(llama, ids, BuzzCache(llama, SMALL[0])))
+    llama.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedError, match="was switched to sdpa after this cache"):
+        logits(llama, ids, cache)
+    BuzzCache(llama, SMALL[0])  # switches it back
+    logits(llama, ids, cache)
+
+
+@pytest.mark.model
+def test_the_default_model_answers() -> None:
+    path = catalog.resolve("smollm2-135m")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    messages = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    start = inputs["input_ids"].shape[1]
+    expected = generate(model, dict(inputs), DynamicCache(), 16)
+    assert generate(model, dict(inputs), BuzzCache(model, "full"), 16).equal(expected)
+    cache = BuzzCache(model, "buzz(sink=4,window=24,threshold=12,stride=4)")
+    ids = generate(model, dict(inputs), cache, 16)
+    assert cache.rows[0].evicted > 0
+    assert "Paris" in tokenizer.decode(ids[0, start:])
+    again = BuzzCache(model, "buzz(sink=4,window=24,threshold=12,stride=4)")
+    assert generate(model, dict(inputs), again, 16).equal(ids)

@@ -1,0 +1,166 @@
+"""Every registered policy x positions x quantisation: the promises that all of them keep."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from buzz import Cache, CacheState, Policy, names, parse
+from tests.buzz.driver import Driver, Shape, Together, assert_equal, assert_same, segments
+
+# Small enough that a few hundred tokens compact often; several where options change the rule.
+SMALL = {
+    "buzz": (
+        "buzz(sink=4,window=12,threshold=24,stride=5)",
+        "buzz(sink=4,window=12,threshold=24,stride=5,local_max=false)",
+        "buzz(sink=0,window=12,threshold=24,stride=4,accumulate=false,log_n=16)",
+    ),
+    "cascade": (
+        "cascade(sink=3,cascades=4,size=9,block=4)",
+        "cascade(sink=4,cascades=3,size=12,halve=true,block=12)",
+    ),
+    "corm": ("corm(budget=40,recent=8,queries=4,block=5)",),
+    "elastic": ("elastic(sink=3,heavy=35,recent=2,distance=6,block=5)",),
+    "full": ("full(bound=160)",),
+    "h2o": ("h2o(heavy=20,recent=20,block=6)",),
+    "streaming": ("streaming(sink=3,window=37,block=7)",),
+    "window": ("window(window=40,block=1)",),
+}
+POSITIONS = ("in_cache", "original")
+QUANT = ("none",)
+
+TRAINED = 300  # positions of the model: with `original`, sessions change over halfway
+
+exact = pytest.mark.parametrize(
+    "policy",
+    [
+        parse(spec.replace(")", f",positions={positions})"))
+        for specs in SMALL.values()
+        for spec in specs
+        for positions in POSITIONS
+    ],
+    ids=str,
+)
+matrix = pytest.mark.parametrize(
+    "policy",
+    [
+        parse(spec.replace(")", f",positions={positions}" + ("" if quant == "none" else f",{quant}") + ")"))
+        for specs in SMALL.values()
+        for spec in specs
+        for positions in POSITIONS
+        for quant in QUANT
+    ],
+    ids=str,
+)
+
+
+def driver_of(policy: Policy, slot: bool = False, layers: int = 2) -> Driver:
+    return Driver(policy, Shape(layers=layers, max_positions=TRAINED), seed=1, slot=slot)
+
+
+def fits(driver: Driver, cuts: list[int]) -> bool:
+    """Whether a segment may follow: policies that never evict end at their bound."""
+    return driver.policy.evicts or driver.cache.n + sum(cuts) <= driver.policy.bound
+
+
+def test_no_policy_is_left_out() -> None:
+    assert SMALL.keys() == set(names())
+    assert all(parse(spec).name == name for name, specs in SMALL.items() for spec in specs)
+
+
+@matrix
+def test_the_bound_holds_and_order_is_kept_at_every_rest(policy: Policy) -> None:
+    driver, compactions = driver_of(policy, slot=True), 0
+    for cuts in segments(seed=2, steps=300):
+        if not fits(driver, cuts):
+            continue
+        compactions += driver.segment(cuts) > 0
+        cache, positions = driver.cache, driver.positions()
+        assert cache.n <= policy.bound
+        assert cache.n + cache.evicted == cache.seen
+        assert (np.diff(positions, axis=-1) > 0).all()
+        assert (positions[..., -1] == cache.seen - 1).all()
+    assert compactions > 10 or not policy.evicts
+    assert driver.cache.rotated_in_cache == (policy.positions == "in_cache" or policy.evicts)
+
+
+@matrix
+def test_two_runs_are_bit_equal(policy: Policy) -> None:
+    one, other = driver_of(policy), driver_of(policy)
+    for cuts in segments(seed=3, steps=150):
+        if fits(one, cuts):
+            one.segment(cuts)
+            other.segment(cuts)
+    assert_equal(one.cache, other.cache)
+    torch.testing.assert_close(one.output, other.output, rtol=0, atol=0)
+
+
+@matrix
+def test_the_outcome_does_not_depend_on_the_cuts(policy: Policy) -> None:
+    cut, whole = driver_of(policy), driver_of(policy, slot=True)
+    for cuts in segments(seed=4, steps=150):
+        if fits(cut, cuts):
+            assert cut.segment(cuts) == whole.segment([sum(cuts)])
+            assert_equal(cut.cache, whole.cache, rtol=1e-9, atol=1e-12)
+
+
+@matrix
+def test_a_session_in_a_batch_is_the_session_alone(policy: Policy) -> None:
+    shape = Shape(layers=2, max_positions=TRAINED)
+    seeds, prompts = (5, 6, 7, 8), (250, 1, 37, 90) if policy.evicts else (50, 1, 37, 25)
+    together = Together(policy, shape, seeds)
+    alone = [Driver(policy, shape, seed) for seed in seeds]
+    for prompt, mine, theirs in zip(prompts, together.drivers, alone, strict=True):
+        mine.segment([prompt])
+        theirs.segment([prompt])
+    for _ in range(100):
+        output = together.segment()
+        for row, mine, theirs in zip(output, together.drivers, alone, strict=True):
+            theirs.segment([1])
+            torch.testing.assert_close(row, theirs.output[:, :, 0], rtol=0, atol=1e-9)
+            assert_equal(mine.cache, theirs.cache, rtol=1e-9, atol=1e-9)
+
+
+@matrix
+def test_a_session_that_was_saved_and_loaded_goes_on_as_if_it_had_not_been(policy: Policy) -> None:
+    straight, loaded = driver_of(policy), driver_of(policy)
+    text = segments(seed=9, steps=200)
+    for i, cuts in enumerate(text):
+        if i in (20, 70, 110):  # the last is near the changeover
+            memory, saved = loaded.memory(256), json.dumps(dataclasses.asdict(loaded.cache.state()))
+            memory.copy_from(loaded.cache.buffers, loaded.cache.n)
+            loaded.cache = Cache(policy, loaded.rotary, memory)
+            loaded.cache.restore(CacheState(**json.loads(saved)))
+        if fits(straight, cuts):
+            assert straight.segment(cuts) == loaded.segment(cuts)
+            torch.testing.assert_close(straight.output, loaded.output, rtol=0, atol=0)
+    assert_equal(straight.cache, loaded.cache)
+
+
+@exact
+def test_it_is_its_naive_restatement(policy: Policy) -> None:
+    driver = driver_of(policy, slot=True, layers=1)
+    oracle = driver.oracle()
+    for cuts in segments(seed=10, steps=300):
+        if fits(driver, cuts):
+            driver.segment(cuts, oracle)
+            assert_same(driver, oracle)
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_policy_returns_from_its_specification_at_any_bound(name: str, positions: str) -> None:
+    policy = dataclasses.replace(parse(name), positions=positions)
+    if policy.bound is None:
+        policy = policy.resolve(8192)
+    assert parse(str(policy)) == policy
+    for bound in (100, 141, 200, 333, 564, 1001, 8000):
+        sized = policy.sized(bound)
+        assert sized.bound == bound
+        assert (sized.name, sized.positions) == (name, positions)
+        assert parse(str(sized)) == sized
+    assert policy.sized(policy.bound) == policy
