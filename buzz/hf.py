@@ -68,9 +68,9 @@ class BuzzCache(TransformersCache):
         policy: the policy, resolved for the model.
 
     Raises:
-        UnsupportedError: the model cannot be served. Later, from a forward call: gradients, a compiled
-            model, another model, another batch size, a mask that is no padding mask or contradicts what
-            was seen, more tokens than the model has positions left, assisted decoding.
+        UnsupportedError: the model cannot be served. Later, from a forward call: gradients, a model
+            compiled to one graph, another model, another batch size, a mask that is no padding mask or
+            contradicts what was seen, more tokens than there are positions left, assisted decoding.
         PolicyError: the policy makes no sense, or not for this model. Later: it is full, and never evicts.
     """
 
@@ -103,7 +103,7 @@ class BuzzCache(TransformersCache):
             UnsupportedError: see the class.
         """
         if torch.compiler.is_compiling():
-            raise UnsupportedError("a compiled model cannot use a BuzzCache; give the model as it was loaded")
+            raise UnsupportedError("a BuzzCache cannot be part of a model's graph; call it uncompiled")
         if self._config._attn_implementation not in _FORMER:
             raise UnsupportedError(
                 f"the model's attention was switched to {self._config._attn_implementation} after this cache "

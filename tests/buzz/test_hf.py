@@ -152,16 +152,19 @@ def test_a_row_of_a_batch_is_the_prompt_alone_past_the_bound_and_the_model(
         held.append([row.n for row in batch.rows])
         return torch.zeros(len(ids), dtype=torch.bool)
 
-    ids = generate(llama, padded(PROMPTS), batch, 120, stopping_criteria=[look])
+    ids = generate(llama, padded(PROMPTS), batch, 90, stopping_criteria=[look])
     bound = batch.policy.bound
     assert max(map(max, held)) in {bound, bound - 1}  # so the next assertion has something to show
-    assert batch.get_seq_length() == 33 + 119 > LENGTH
-    assert all(row.rotated_in_cache and row.evicted > 90 for row in batch.rows)
+    assert batch.get_seq_length() == 33 + 89 > LENGTH
+    assert [row.evicted > 60 for row in batch.rows] == [True] * 3
+    assert [row.rotated_in_cache for row in batch.rows] == [
+        "in_cache" in spec or row.seen > LENGTH for row in batch.rows
+    ]
     for index, prompt in enumerate(PROMPTS):
         alone = BuzzCache(llama, spec)
-        expected = generate(llama, prompt[None], alone, 120)[0, len(prompt) :]
+        expected = generate(llama, prompt[None], alone, 90)[0, len(prompt) :]
         assert ids[index, 33:].equal(expected)
-        assert batch.rows[index].seen == len(prompt) + 119
+        assert batch.rows[index].seen == len(prompt) + 89
         assert kept(batch, index).equal(kept(alone))
 
 
@@ -170,8 +173,9 @@ def test_every_architecture_runs_past_the_model_like_a_batch_of_one(
     model: PreTrainedModel, spec: str
 ) -> None:
     cache = BuzzCache(model, spec)
-    ids = generate(model, padded(PROMPTS), cache, 90)
-    assert ids[2, 33:].equal(generate(model, PROMPTS[2][None], BuzzCache(model, spec), 90)[0, 33:])
+    ids = generate(model, padded(PROMPTS), cache, 70)
+    assert ids[2, 33:].equal(generate(model, PROMPTS[2][None], BuzzCache(model, spec), 70)[0, 33:])
+    assert cache.get_seq_length() > LENGTH
     assert [row.n <= cache.policy.bound for row in cache.rows] == [True] * 3
 
 
@@ -250,12 +254,8 @@ def test_padding_may_stand_anywhere(llama: PreTrainedModel) -> None:
     ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
     mask[0, [0, 1, 7, 20, 29]] = 0
     real = logits(llama, ids[:1, mask[0].bool()], alone)
-    assert (
-        torch.testing.assert_close(
-            logits(llama, ids, cache, attention_mask=mask)[0, mask[0].bool()], real[0], atol=1e-5, rtol=0
-        )
-        is None
-    )
+    padded_in = logits(llama, ids, cache, attention_mask=mask)[0, mask[0].bool()]
+    torch.testing.assert_close(padded_in, real[0], atol=1e-4, rtol=0)
     mask = torch.cat([mask, torch.tensor([[0], [1]])], dim=1)  # nothing new in row 0
     logits(llama, tokens(2, 1), cache, attention_mask=mask)
     assert [row.seen for row in cache.rows] == [25, 31]
@@ -405,7 +405,7 @@ def test_models_that_are_not_served_are_refused_and_left_alone(
     model = model_of(config(), "eager")
     before = logits(model, tokens(1, 9))
     with pytest.raises(UnsupportedError, match=reason):
-        BuzzCache(model, "buzz")
+        BuzzCache(model, SMALL[0])
     assert model.config._attn_implementation == "eager"
     assert logits(model, tokens(1, 9)).equal(before)
 
@@ -416,7 +416,7 @@ def test_what_is_no_decoder_at_rest_is_refused(llama: PreTrainedModel) -> None:
         BuzzCache(T5ForConditionalGeneration(small), "buzz")
     with pytest.raises(UnsupportedError, match="not a Linear"):
         BuzzCache(torch.nn.Linear(2, 2), "buzz")  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match="call model.eval"):
+    with pytest.raises(UnsupportedError, match="is in training mode"):
         BuzzCache(copy.deepcopy(llama).train(), "streaming(sink=1,window=8)")
     flexible = copy.deepcopy(llama)
     flexible.set_attn_implementation("flex_attention")
@@ -438,6 +438,19 @@ def test_ways_to_generate_that_take_back_tokens_are_refused(llama: PreTrainedMod
         generate(llama, tokens(1, 9), BuzzCache(llama, SMALL[0]), 9, cache_implementation="static")
 
 
+def without_positions(model: PreTrainedModel, ids: Tensor, cache: BuzzCache) -> Tensor:
+    """A model that does not tell its attention the positions."""
+
+    def drop(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "position_ids": None}
+
+    hook = model.model.layers[0].self_attn.register_forward_pre_hook(drop, with_kwargs=True)
+    try:
+        return logits(model, ids, cache)
+    finally:
+        hook.remove()
+
+
 def test_forward_calls_that_make_no_sense_are_refused_and_change_nothing(llama: PreTrainedModel) -> None:
     cache, other = BuzzCache(llama, SMALL[0]), copy.deepcopy(llama)
     ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
@@ -447,7 +460,6 @@ def test_forward_calls_that_make_no_sense_are_refused_and_change_nothing(llama: 
     before = [row.state() for row in cache.rows]
     calls: list[tuple[str, Callable[[], object]]] = [
         ("no gradients", lambda: llama(tokens(2, 1), past_key_values=cache)),
-        ("compiled", lambda: logits(torch.compile(llama, backend="eager", fullgraph=True), ids, cache)),
         ("a batch of 2, and 1 rows", lambda: logits(llama, tokens(1, 1), cache)),
         ("another model", lambda: logits(other, tokens(2, 1), cache)),
         ("not \\[2, 20\\]", lambda: logits(llama, tokens(2, 1), cache, attention_mask=mask)),
@@ -460,19 +472,23 @@ def test_forward_calls_that_make_no_sense_are_refused_and_change_nothing(llama: 
             lambda: logits(llama, tokens(2, 1), cache, attention_mask=torch.ones(2, 21)),
         ),
         ("exceed the model's 96 positions", lambda: logits(llama, tokens(2, 90), cache)),
-        (
-            "one position for each token",
-            lambda: logits(llama, tokens(2, 1), cache, position_ids=torch.zeros(3, 2, 1, dtype=torch.long)),
-        ),
+        ("one position for each token", lambda: without_positions(llama, tokens(2, 1), cache)),
         ("output_attentions", lambda: logits(llama, tokens(2, 1), cache, output_attentions=True)),
     ]
     for reason, call in calls:
-        with pytest.raises(Exception, match=reason) as caught:
+        with pytest.raises(UnsupportedError, match=reason):
             call()
-        if reason != "compiled":
-            assert caught.type is UnsupportedError
         assert ([row.state() for row in cache.rows], cache.get_seq_length()) == (before, 20), reason
     logits(llama, tokens(2, 1), cache)
+
+
+def test_a_model_compiled_to_one_graph_is_refused(llama: PreTrainedModel) -> None:
+    cache = BuzzCache(llama, SMALL[0])
+    with pytest.raises(Exception, match="call it uncompiled"):  # of dynamo, around ours
+        logits(torch.compile(llama, backend="eager", fullgraph=True), tokens(1, 9), cache)
+    torch.compiler.reset()
+    assert not cache.is_initialized
+    logits(llama, tokens(1, 9), cache)
 
 
 def test_a_full_cache_says_so(llama: PreTrainedModel) -> None:
