@@ -31,6 +31,7 @@ from buzz.rotary import Rotary
 
 _FORMER = {"buzz|sdpa": "sdpa", "buzz|eager": "eager"}  # named as transformers names paged|eager
 _UNSERVED = ("sliding_window", "softcap", "s_aux", "position_bias")  # what attention may be asked for
+_EAGER = "eager_attention_forward"  # what every model's file calls it
 _adopted: WeakSet[PreTrainedModel] = WeakSet()  # models that passed the check
 
 
@@ -49,8 +50,9 @@ class BuzzCache(TransformersCache):
     stored. A forward call is one segment: a prompt, or one token; `prefill_chunk_size=` cuts a prompt that
     is longer than the model into several. Greedy decoding, sampling and beam search are served. Keys and
     queries arrive rotated to the positions that the model counted, and are moved to the policy's by the
-    difference, so a conversation may be longer than the model. A cache serves one forward call at a
-    time; any number of caches may share a model.
+    difference, so a conversation may be longer than the model. (transformers takes angles in float32, so
+    what it counted blurs with millions of tokens: for the default model a mean KL divergence of 6e-5 after
+    one million.) A cache serves one forward call at a time; any number of caches may share a model.
 
     The model's attention implementation becomes `buzz|sdpa` or `buzz|eager`, which does what the former one
     did wherever no `BuzzCache` is given; `model.set_attn_implementation("sdpa")` takes that back. A model's
@@ -210,8 +212,8 @@ class BuzzCache(TransformersCache):
             if getattr(module, "config", self._config) is not self._config:
                 raise UnsupportedError("the cache was made for another model: BuzzCache(model, ...)")
             self._call = self._begin(key, value, mask, position_ids)
-        output = self._call.attend(self._next, query, key, value, scale)
-        self._next += 1
+        layer, self._next = self._next, self._next + 1  # before what may fail, so that it is noticed
+        output = self._call.attend(layer, query, key, value, scale)
         if self._next == self._depth:
             self._call.end()
             self._columns += key.shape[2]
@@ -312,11 +314,17 @@ def _mask(*, former: str, kv_length: int, attention_mask: Tensor | None, **kwarg
 
 
 def _function(module: nn.Module, former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The former attention function; `eager` is that of the file that the module is written in."""
-    files = [vars(sys.modules[base.__module__]) for base in type(module).__mro__]
-    eager = (file["eager_attention_forward"] for file in files if "eager_attention_forward" in file)
-    function: Callable[..., tuple[Tensor, Tensor | None]]
-    function = next(eager) if former == "eager" else AttentionInterface()[former]
+    """The former attention function; `eager` is that of the file in which the module is written."""
+    if former == "eager":
+        files = (vars(sys.modules[base.__module__]) for base in type(module).__mro__)
+        found = next((file[_EAGER] for file in files if _EAGER in file), None)
+    else:
+        found = AttentionInterface()[former]
+    if found is None:
+        raise UnsupportedError(
+            f"{type(module).__name__} has no function for eager attention; load it with sdpa"
+        )
+    function: Callable[..., tuple[Tensor, Tensor | None]] = found
     return function
 
 
