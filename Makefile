@@ -5,6 +5,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 MODEL ?= smollm2-135m
+DATA ?= data
 IMAGE ?= apiary:latest
 VARIANT ?= cpu
 
@@ -14,7 +15,7 @@ stamp := $(venv)/.complete
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(stamp) ## Create .venv with everything in it; .venv/bin/apiary works afterwards
@@ -38,6 +39,10 @@ serve: model ## Start a worker on 127.0.0.1:50051; flags in ARGS
 .PHONY: bench
 bench: model ## Measure the bare engine's tokens per second; flags in ARGS (--help lists them)
 	@$(bin)/python benchmarks/engine.py --model $(MODEL) $(ARGS)
+
+.PHONY: bench-quality
+bench-quality: model ## Measure what cache policies cost in quality on the evaluation files in DATA; flags in ARGS
+	@$(bin)/apiary bench quality --model $(MODEL) --data $(DATA) $(ARGS)
 
 .PHONY: test
 test: lint model ## Lint, type-check, and run all tests; pytest's arguments in ARGS
@@ -70,4 +75,4 @@ image: ## Build the container image IMAGE (VARIANT=cpu|cuda, MODEL=name|none)
 .PHONY: clean
 clean: ## Remove .venv, caches and build products (not the fetched models)
 	rm -rf $(venv) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find buzz client examples proto scripts server tests -name __pycache__ -prune -exec rm -rf {} +
+	find benchmarks buzz client examples proto scripts server tests -name __pycache__ -prune -exec rm -rf {} +

@@ -52,5 +52,5 @@ say "installing $torch"
 pip_install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
 
 say "installing apiary and its dependencies"
-pip_install --editable '.[server,dev]'
+pip_install --editable '.[server,bench,dev]'
 say "done"

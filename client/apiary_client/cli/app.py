@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apiary_client.cli import chat, console, generate, models, serve, sessions
+from apiary_client.cli import bench, chat, console, generate, models, serve, sessions
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +41,7 @@ chat.register(app)
 generate.register(app)
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(models.app, name="models")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ _OURS = {"apiary", "apiary_client", "apiary_server", "buzz"}
 
 
 @contextmanager
-def server_extra() -> Iterator[None]:
+def server_extra(extra: str = "server") -> Iterator[None]:
     """Tell a missing extra and the worker's own errors in one line; import the worker inside."""
     try:
         from apiary_server.errors import ApiaryError
@@ -23,4 +23,5 @@ def server_extra() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in _OURS:
             raise  # a fault of ours, not of the installation
-        console.fail(f"the worker's library {error.name} is missing: pip install 'apiary[server]'")
+        owner = "worker" if extra == "server" else "benchmark"
+        console.fail(f"the {owner}'s library {error.name} is missing: pip install 'apiary[{extra}]'")

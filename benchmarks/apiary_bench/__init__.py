@@ -1,0 +1,1 @@
+"""Benchmarks of Apiary: what `apiary bench` runs."""

@@ -1,0 +1,17 @@
+"""What can go wrong in a benchmark, in words for who runs it."""
+
+from __future__ import annotations
+
+from apiary_server.errors import ApiaryError
+
+
+class BenchError(ApiaryError):
+    """Base of the benchmarks' errors."""
+
+
+class DataError(BenchError):
+    """A file of the evaluation data is missing or malformed; the message says which, and where."""
+
+
+class SettingsError(BenchError):
+    """A benchmark was asked for something that it does not know or cannot do."""

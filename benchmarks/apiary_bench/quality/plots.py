@@ -1,0 +1,121 @@
+"""Pictures: quality against memory, and which tokens of a document each policy kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from apiary_bench.errors import BenchError
+from apiary_bench.quality.bench import Bench
+from apiary_bench.quality.ensemble import Ensemble
+from apiary_bench.quality.memory import generation
+from apiary_bench.quality.report import Section
+from apiary_bench.quality.run import Stage
+
+_INCHES = (7.0, 4.5)
+_COLUMNS = 512  # of a map: positions share one where there are more
+
+
+def draw(directory: Path, bench: Bench, found: Sequence[Section]) -> list[Path]:
+    """Draw all: `TASK.png` for each task, and `kept.png` for the first document.
+
+    Raises:
+        BenchError: a picture cannot be written.
+    """
+    mpl.use("Agg")  # no display is needed
+    pictures = {}
+    for name, same in groupby(found, key=lambda section: section.results.stage.task.name):
+        pictures[f"{name}.png"] = quality(list(same))
+    pictures["kept.png"] = kept(bench, found[0].results.stage)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, figure in pictures.items():
+            figure.savefig(directory / name, dpi=150)
+    except OSError as error:
+        raise BenchError(f"pictures cannot be written to {directory}: {error}") from error
+    return [directory / name for name in pictures]
+
+
+def quality(same: Sequence[Section]) -> Figure:
+    """A task's first metric against average memory: a line for each policy, a point for each budget."""
+    task = same[0].results.stage.task
+    metric = task.metrics[0]
+    figure = Figure(figsize=_INCHES, layout="constrained")
+    axes = figure.subplots()
+    for i, row in enumerate(same[0].rows):
+        points = sorted((section.rows[i] for section in same), key=lambda each: each.bytes)
+        estimates = [point.scores[metric.name] for point in points]
+        below = [each.value - each.low for each in estimates]
+        above = [each.high - each.value for each in estimates]
+        axes.errorbar(
+            [point.bytes / 1e6 for point in points],
+            [each.value for each in estimates],
+            yerr=[below, above],
+            marker="o",
+            capsize=2,
+            label=row.label,
+        )
+    axes.set_xlabel("average memory of a session's cache, MB")
+    axes.set_ylabel(f"{metric.name} ({metric.better} is better)")
+    axes.set_title(f"{task.name}, {len(same[0].results.stage.documents)} documents, 95% intervals")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def kept(bench: Bench, stage: Stage) -> Figure:
+    """What each policy keeps of a stage's first document when it has read it: by layer and position, the
+    share of heads that keep a token."""
+    shares = kept_shares(bench, stage)
+    columns = 2
+    rows = math.ceil(len(shares) / columns)
+    figure = Figure(figsize=(_INCHES[0] * 1.6, 1.6 * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    image = None
+    for axes, (label, share) in zip(panels, shares.items(), strict=False):
+        image = axes.imshow(
+            share, aspect="auto", vmin=0, vmax=1, cmap="magma", extent=_extent(stage, share.shape[0])
+        )
+        axes.set_title(label, fontsize="small")
+        axes.set_ylabel("layer")
+    for axes in list(panels):
+        axes.set_axis_off()
+    if image is not None:
+        figure.colorbar(image, ax=figure.axes, label="share of heads that keep the token")
+    figure.suptitle(f"{stage.name}: tokens kept of the first document")
+    figure.supxlabel("position")
+    return figure
+
+
+def kept_shares(bench: Bench, stage: Stage) -> dict[str, NDArray[np.float32]]:
+    """For each policy but the full one, the share of heads that keep a token: `[layers, columns]`, where a
+    column stands for one position, or the mean of several."""
+    document = stage.documents[0]
+    prompt = stage.task.prompt(document)
+    sized = bench.sized(generation(len(prompt), 1), stage.task.target(document, stage.budget))
+    policies = [each.policy for each in sized]
+    ensemble = Ensemble(bench.loaded, policies, len(prompt))
+    ensemble.resize(policies, 1)
+    with torch.inference_mode():
+        ensemble.read(prompt)
+        ensemble.end(leave=True)
+    found = {}
+    for contender, cache in zip(bench.contenders[1:], ensemble.caches[1:], strict=True):
+        position = cache.buffers.position[:, :, : cache.n].long().cpu()
+        holds = torch.zeros(*position.shape[:2], len(prompt))
+        holds.scatter_(-1, position, 1.0)
+        share = torch.nn.functional.adaptive_avg_pool1d(holds.mean(dim=1), min(_COLUMNS, len(prompt)))
+        found[contender.label] = share.numpy()
+    return found
+
+
+def _extent(stage: Stage, layers: int) -> tuple[float, float, float, float]:
+    return 0, len(stage.task.prompt(stage.documents[0])), layers, 0

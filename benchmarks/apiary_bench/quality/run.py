@@ -1,0 +1,139 @@
+"""A run: every policy on every document of every task, resumed where an earlier run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+import buzz
+from apiary_bench.errors import DataError
+from apiary_bench.quality.bench import Bench, Budget, contenders
+from apiary_bench.quality.journal import Journal
+from apiary_bench.quality.settings import Settings
+from apiary_bench.quality.tasks import TASKS
+from apiary_bench.quality.tasks.task import Outcome, Task
+from apiary_server.model import attention
+from apiary_server.model.catalog import resolve
+from apiary_server.model.loader import load
+
+
+class Observer(Protocol):
+    """Hears how far a run is."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` documents of a stage are finished; it is called with 0 first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A task under a budget, and what it needs to run."""
+
+    task: Task[Any]
+    budget: Budget
+    documents: Sequence[Any]
+    key: str
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.task.name} ({self.limits})"
+
+    @property
+    def limits(self) -> str:
+        """The budget, as far as the task uses it."""
+        words = {"entries": f"{self.budget.entries} entries", "ratio": f"{self.budget.ratio:g}x less"}
+        return ", ".join(words[use] for use in ("entries", "ratio") if use in self.task.budget)
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The outcomes of a stage: `outcomes[document][policy]`, policies in the bench's order."""
+
+    stage: Stage
+    outcomes: list[list[Outcome]]
+
+
+def prepare(settings: Settings) -> tuple[Bench, list[Stage]]:
+    """Load the model and the documents.
+
+    Raises:
+        ModelUnavailable, UnservableModel: there is no such model, or its caches cannot be replaced.
+        SettingsError: a policy is malformed or does not fit.
+        DataError: the data is missing or malformed, or a document is longer than the model.
+    """
+    torch.set_num_threads(settings.threads)
+    path = resolve(settings.model)
+    loaded = load(path, torch.device("cpu"), torch.float32, torch.float32)
+    bench = Bench(loaded, contenders(settings.policies, loaded.rotary.max_positions), settings.matched)
+    model = _digest(
+        [*sorted(path.glob("*.json"))], [file.stat().st_size for file in path.glob("*.safetensors")]
+    )
+    stages = []
+    for name in settings.tasks:
+        task = TASKS[name]
+        documents = task.documents(settings.data, bench, settings.limit or task.limit, settings.seed)
+        if not documents:
+            raise DataError(f"{name} has no documents in {settings.data}")
+        for budget in settings.budgets(sorted(task.budget)):
+            key = _key(settings, task, budget, bench, model)
+            stages.append(Stage(task, budget, documents, key))
+    return bench, stages
+
+
+def run(bench: Bench, stages: Sequence[Stage], journal: Journal, observe: Observer) -> list[Results]:
+    """Run what the journal does not have yet.
+
+    Raises:
+        SettingsError: a policy cannot be scaled to a document at all.
+        BenchError: the journal cannot be written.
+    """
+    results = []
+    for stage in stages:
+        observe(stage.name, 0, len(stage.documents))
+        outcomes = []
+        for number, document in enumerate(stage.documents):
+            done = journal.get(stage.key, number)
+            if done is None:
+                with torch.inference_mode():
+                    done = stage.task.run(document, stage.task.target(document, stage.budget), bench)
+                journal.put(stage.key, number, done)
+            outcomes.append(done)
+            observe(stage.name, number + 1, len(stage.documents))
+        results.append(Results(stage, outcomes))
+    return results
+
+
+def _key(settings: Settings, task: Task[Any], budget: Budget, bench: Bench, model: str) -> str:
+    """Names all that an outcome depends on, the code of the rules and of the benchmark included; not how
+    many documents are run."""
+    asked = {
+        "task": repr(task),
+        "budget": {use: getattr(budget, use) for use in sorted(task.budget)},
+        "policies": [(each.label, str(each.policy)) for each in bench.contenders],
+        "matched": settings.matched,
+        "seed": settings.seed,
+        "model": model,
+        "torch": torch.__version__,
+    }
+    data = [settings.data / name for name in task.files]
+    library = [
+        Path(buzz.__file__).with_name(f"{name}.py") for name in ("attention", "cache", "ranking", "rotary")
+    ]
+    rules = {Path(inspect.getfile(type(policy))) for policy in bench.policies}
+    ours = Path(__file__).parent.rglob("*.py")
+    code = [*library, *sorted(rules), *sorted(ours), Path(attention.__file__)]
+    return f"{task.name}-{_digest([*data, *code], asked)[:16]}"
+
+
+def _digest(files: Iterable[Path], more: object) -> str:
+    digest = hashlib.sha256(json.dumps(more, sort_keys=True).encode())
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

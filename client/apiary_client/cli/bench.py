@@ -1,0 +1,158 @@
+"""`apiary bench`: measurements. They run on the worker's own code, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from apiary_client.cli import console
+from apiary_client.cli.server_extra import server_extra
+
+_Number = TypeVar("_Number", int, float)
+
+app = typer.Typer(no_args_is_help=True, help="Measure.")
+
+
+@app.callback()
+def bench() -> None:
+    """Measure."""
+
+
+@app.command(
+    epilog=console.examples(
+        "apiary bench quality --data DIR --json quality.json --plots pictures",
+        "apiary bench quality --data DIR --task wikitext,qa10 --policies 'h2o,buzz(window=300)' --limit 5",
+        "apiary bench quality --data DIR --task wikitext --entries 282,564,1128 --plots pictures",
+    )
+)
+def quality(
+    data: Annotated[Path, typer.Option(metavar="DIR", help="The evaluation files.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="wikitext, xsum, cnn_dm, qa10, fidelity, recall; several, or a comma list."
+        ),
+    ] = None,
+    policies: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPECS", help="Policies; several, or a comma list. Default: all."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Documents of each task; default the task's own.")
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write results there; FILE.partial lets a run go on."),
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw pictures there.")] = None,
+    model: Annotated[str, typer.Option(metavar="NAME|PATH", help="A pulled model or a directory.")] = (
+        "smollm2-135m"
+    ),
+    entries: Annotated[
+        str, typer.Option(metavar="N,...", help="Average entries that policies are matched to.")
+    ] = "564",
+    ratio: Annotated[
+        str, typer.Option(metavar="X,...", help="For summaries: times less than the prompt's tokens.")
+    ] = "2.5",
+    unmatched: Annotated[
+        bool, typer.Option("--unmatched", help="Run policies as written, not at equal average bytes.")
+    ] = False,
+    baseline: Annotated[
+        str, typer.Option(metavar="SPEC", help="The policy that all are compared with.")
+    ] = "full",
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap and the recall task.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
+) -> None:
+    """Measure what cache policies cost in quality, at equal average bytes, with 95% intervals.
+
+    Each policy's sizes are scaled in proportion until the memory that it holds at rest, averaged over the
+    scored tokens, matches the target within 2%. The full cache always runs: it is the reference.
+    """
+    with server_extra("bench"):
+        from apiary_bench.quality import plots as pictures
+        from apiary_bench.quality import report
+        from apiary_bench.quality.bench import split_specs
+        from apiary_bench.quality.journal import Journal
+        from apiary_bench.quality.run import prepare, run
+        from apiary_bench.quality.settings import Settings
+
+        settings = Settings(
+            data=data,
+            tasks=tuple(_listed(task)),
+            policies=tuple(spec for text in policies or () for spec in split_specs(text)),
+            limit=limit,
+            model=model,
+            entries=tuple(_numbers("--entries", entries, int)),
+            ratios=tuple(_numbers("--ratio", ratio, float)),
+            matched=not unmatched,
+            baseline=baseline,
+            seed=seed,
+            threads=threads,
+        )
+        ready, stages = prepare(settings)
+        partial = None if json is None else json.with_name(f"{json.name}.partial")
+        try:
+            with Journal(partial) as journal, _Bars() as bars:
+                results = run(ready, stages, journal, bars)
+        except KeyboardInterrupt:
+            if partial is not None:
+                console.note(f"stopped; finished documents are in {partial}: the same command goes on")
+            raise typer.Exit(130) from None
+        found = report.sections(settings, ready, results)
+        for section in found:
+            console.table(report.table(settings, section))
+        if json is not None:
+            report.write(json, report.document(settings, found))
+        if plots is not None:
+            pictures.draw(plots, ready, found)
+
+
+class _Bars:
+    """Shows every stage of a run as a bar of its own."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console.err,
+        )
+        self._bars: dict[str, TaskID] = {}
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._bars:
+            self._bars[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._bars[stage], completed=done)
+
+
+def _listed(values: Sequence[str] | None) -> list[str]:
+    return [part.strip() for value in values or () for part in value.split(",")]
+
+
+def _numbers(option: str, text: str, kind: type[_Number]) -> list[_Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        console.fail(f"{option} takes {what}, one or several with commas between, not {text!r}", code=2)
