@@ -10,23 +10,29 @@ import torch
 from torch import Tensor
 
 from buzz.policy import State
+from buzz.quant import Packed
 
 
 @dataclass
 class Buffers:
     """Memory for a session's entries, L layers of H KV heads: fresh tensors, or views into a pool's slot.
 
+    Where there is packed memory, the first entries may lie there in few bits; entry i is then found at
+    `keys[:, :, i - packed]`. A leading dimension of B sessions may come before all shapes.
+
     Attributes:
-        keys: floating `[L, H, C, head_dim]`, rotated.
-        values: floating `[L, H, C, head_dim]`.
+        keys: floating `[L, H, D, head_dim]`, rotated: the entries that are not packed.
+        values: floating `[L, H, D, head_dim]`.
         position: int32 `[L, H, C]`, each entry's original token position.
         state: by name, `[L, H, C]`: what policies declared in `states`; others are not touched.
+        packed: memory for quantised entries; required by policies that quantise.
     """
 
     keys: Tensor
     values: Tensor
     position: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
+    packed: Packed | None = None
 
     @classmethod
     def empty(
@@ -38,43 +44,153 @@ class Buffers:
         dtype: torch.dtype,
         device: torch.device | str,
         states: Sequence[State] = (),
+        bits: int | None = None,
+        packed: int = 0,
     ) -> Self:
-        """Fresh zeroed memory for `capacity` entries; masses in float32, or float64 where `dtype` is."""
+        """Fresh zeroed memory.
+
+        Args:
+            layers: L.
+            kv_heads: H.
+            capacity: entries that fit, C.
+            head_dim: of keys and values.
+            dtype: of keys and values; masses are float32, or float64 where it is.
+            device: where the memory lies.
+            states: which states there are.
+            bits: for policies that quantise, how many bits they ask for.
+            packed: of `capacity`, for how many entries the memory is packed; 0 makes a workspace for such a
+                policy, in which nothing is quantised.
+
+        Raises:
+            ValueError: `bits` or `packed` make no sense.
+        """
+        if not 0 <= packed <= capacity or (packed and bits is None):
+            raise ValueError(f"{packed} packed entries of {capacity} in {bits} bits make no sense")
         shape = (layers, kv_heads, capacity)
+        dense = (layers, kv_heads, capacity - packed, head_dim)
         wide = {torch.float32: torch.promote_types(dtype, torch.float32)}
         return cls(
-            keys=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-            values=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+            keys=torch.zeros(dense, dtype=dtype, device=device),
+            values=torch.zeros(dense, dtype=dtype, device=device),
             position=torch.zeros(shape, dtype=torch.int32, device=device),
             state={
                 state.name: torch.zeros(shape, dtype=wide.get(state.dtype, state.dtype), device=device)
                 for state in states
             },
+            packed=None if bits is None else Packed.empty(layers, kv_heads, packed, head_dim, bits, device),
         )
 
     @property
     def capacity(self) -> int:
         """Entries that fit."""
-        return self.keys.shape[2]
+        return self.position.shape[-1]
 
-    def copy_from(self, source: Buffers, n: int) -> None:
-        """Copy the first `n` entries of `source`, and the states that both have.
+    @property
+    def dense(self) -> int:
+        """Entries that fit unquantised."""
+        return self.keys.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        packed = () if self.packed is None else self.packed.tensors
+        tensors = (self.keys, self.values, self.position, *self.state.values(), *packed)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def copy_from(self, source: Buffers, n: int, packed: int = 0) -> None:
+        """Copy the first `n` entries of `source`, `packed` of which are packed there and will be here, and
+        the states that both have.
 
         Raises:
             ValueError: they do not fit.
         """
-        self.require(n)
-        self.keys[:, :, :n] = source.keys[:, :, :n]
-        self.values[:, :, :n] = source.values[:, :, :n]
+        self.require(n, packed)
+        dense = n - packed
+        self.keys[:, :, :dense] = source.keys[:, :, :dense]
+        self.values[:, :, :dense] = source.values[:, :, :dense]
+        self.copy_records(source, n)
+        if packed and self.packed is not None and source.packed is not None:
+            self.packed.copy_from(source.packed, packed)
+
+    def copy_records(self, source: Buffers, n: int) -> None:
+        """Copy what there is beside the first `n` entries' keys and values: positions, states that both
+        have, the key channels' ranges."""
+        if self.packed is not None and source.packed is not None:
+            self.packed.channels.copy_(source.packed.channels)
         self.position[:, :, :n] = source.position[:, :, :n]
         for name in self.state.keys() & source.state.keys():
             self.state[name][:, :, :n] = source.state[name][:, :, :n]
 
-    def require(self, n: int) -> None:
-        """Check that `n` entries fit.
+    def fits(self, n: int, packed: int = 0) -> bool:
+        """Whether there is room for `n` entries, `packed` of them packed."""
+        room = 0 if self.packed is None else self.packed.capacity
+        return n <= self.capacity and packed <= room and n - packed <= self.dense
+
+    def require(self, n: int, packed: int = 0) -> None:
+        """Check that `n` entries fit, `packed` of them packed.
 
         Raises:
             ValueError: they do not.
         """
         if n > self.capacity:
             raise ValueError(f"{n} entries do not fit a capacity of {self.capacity}")
+        if not self.fits(n, packed):
+            raise ValueError(
+                f"{packed} packed entries and {n - packed} others do not fit "
+                f"{self.packed.capacity if self.packed else 0} and {self.dense}"
+            )
+
+    def extend(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a session's entries from `start` on, and read all up to them.
+
+        Args:
+            layer: which.
+            start: the entries before, those packed included.
+            keys: rotated, `[H, n, head_dim]`.
+            values: the same.
+
+        Returns:
+            Rotated keys and values of the first `start + n` entries, `[H, start + n, head_dim]`.
+        """
+        first = start - (self.packed.most if self.packed is not None else 0)
+        last = first + keys.shape[-2]
+        self.keys[layer, :, first:last] = keys
+        self.values[layer, :, first:last] = values
+        return self.read(layer, start + keys.shape[-2])
+
+    def read(self, layer: int, n: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values of a session's first `n` entries: `[H, n, head_dim]` in `dtype`, by default
+        the memory's. Where nothing is packed or converted they are views."""
+        dtype = dtype or self.keys.dtype
+        packed = 0 if self.packed is None else self.packed.most
+        keys, values = (t[layer, :, : n - packed].to(dtype) for t in (self.keys, self.values))
+        if self.packed is None or not packed:
+            return keys, values
+        wide = torch.promote_types(dtype, torch.float32)
+        first_keys, first_values = self.packed.read(layer, self.position, wide)
+        return torch.cat([first_keys.to(dtype), keys], -2), torch.cat([first_values.to(dtype), values], -2)
+
+    def extend_each(
+        self, layer: int, starts: Tensor, most: int, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`extend` for one entry of each of B sessions.
+
+        Args:
+            layer: which.
+            starts: int64 `[B]`.
+            most: the largest of `starts`, plus one.
+            keys: rotated, `[B, H, head_dim]`.
+            values: the same.
+
+        Returns:
+            `[B, H, most, head_dim]`; row b has `starts[b] + 1` entries, and anything beyond.
+        """
+        row = torch.arange(len(starts), device=starts.device)
+        packed = None if self.packed is None or not self.packed.most else self.packed
+        count = 0 if packed is None else packed.count
+        all_keys, all_values = self.keys[:, layer], self.values[:, layer]
+        all_keys[row, :, starts - count] = keys.to(all_keys.dtype)
+        all_values[row, :, starts - count] = values.to(all_values.dtype)
+        if packed is None:
+            return all_keys[:, :, :most], all_values[:, :, :most]
+        return packed.join(layer, self.position, most, all_keys, all_values)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from buzz.attention import Record
 from buzz.buffers import Buffers
+from buzz.merging import goals, merged
 from buzz.policy import Compaction, Policy, View
+from buzz.quant import BLOCK
 from buzz.rotary import Rotary
 
 
@@ -22,6 +24,8 @@ class CacheState:
     seen: int
     evicted: int
     rotated_in_cache: bool
+    packed: int = 0
+    measured: bool = False
 
 
 class Cache:
@@ -35,7 +39,7 @@ class Cache:
         for step in cuts:                       # sum(cuts) == count
             cache.prepare(step)
             ...                                 # rotate queries and keys to cache.next_positions(step),
-            ...                                 # write keys and values at [n, n + step) of each layer,
+            ...                                 # write with cache.live.extend(layer, n, keys, values),
             ...                                 # attend with records=cache.records(layer, n + step)
             cache.append(step)
         evicted = cache.end_segment()
@@ -49,18 +53,25 @@ class Cache:
     block` times for `streaming`. An H2O heavy hitter moves whenever anything before it goes: at most as
     often as its index, which is why `block` matters there most.
 
+    A policy with `kivi` has all but its most recent entries quantised, whenever a segment ends; how many
+    depends on counts alone. What was quantised once keeps its codes: survivors are read, chosen and
+    quantised again without loss (see `buzz.quant`).
+
     Attributes:
         policy: the rule; a `full` policy should be resolved.
         rotary: the model's rotary embedding.
-        buffers: where the entries live; the first `n` of each layer and head are used.
+        buffers: where the entries live; the first `n` of each layer and head are used. What `live` is of
+            them can be read and extended.
         n: entries in each layer and head.
         sampled: middle entries that an earlier compaction sampled.
         seen: tokens ever appended.
         evicted: entries of each layer and head evicted so far.
         rotated_in_cache: whether keys are rotated to in-cache indices (else to original positions).
+        packed: of the entries, how many are quantised: the first ones.
+        measured: whether the key channels' ranges are known, and fixed.
 
     Raises:
-        ValueError: the buffers lack a state that the policy needs.
+        ValueError: the buffers lack a state, or the packed memory, that the policy needs.
     """
 
     def __init__(self, policy: Policy, rotary: Rotary, buffers: Buffers) -> None:
@@ -73,18 +84,48 @@ class Cache:
         self.seen = 0
         self.evicted = 0
         self.rotated_in_cache = policy.positions == "in_cache"
+        self.packed = 0
+        self.measured = False
+
+    @property
+    def live(self) -> Buffers:
+        """The memory as it is used now, to read and extend until the next segment begins or ends."""
+        packed = self.buffers.packed
+        if packed is None or not self.packed:
+            return self.buffers
+        using = packed.using(self.packed, self.packed, self.rotary, self.rotated_in_cache)
+        return replace(self.buffers, packed=using)
+
+    @property
+    def room(self) -> int:
+        """The most tokens that the next segment may have in this memory."""
+        room = self.buffers.capacity - self.n
+        if self.policy.kivi is None:
+            return room
+        stays = min(self.n - self.packed, self.policy.residual // 2)
+        return min(room, self.buffers.dense - stays)
 
     @property
     def due(self) -> bool:
         """Whether the segment's end would compact."""
         return self.policy.due(self.n, self.sampled)
 
+    def settles(self, count: int = 0) -> bool:
+        """Whether the segment's end, after `count` more tokens, would compact or quantise."""
+        n, packed = self.n + count, self._packed_for(count)
+        return self.policy.due(n, self.sampled) or self._packed_at_rest(n, packed) > packed
+
+    def makes_room(self, count: int) -> bool:
+        """Whether a segment of `count` tokens would first quantise entries, since it would not fit."""
+        packed = self._packed_for(count)
+        return packed > self.packed and self.buffers.fits(self.n + count, packed)
+
     def changes_over(self, count: int) -> bool:
         """Whether a segment of `count` tokens would first rotate all keys to in-cache positions."""
         return not self.rotated_in_cache and self.seen + count > self.rotary.max_positions
 
     def begin_segment(self, count: int) -> None:
-        """Open a segment of `count` tokens: change positions over and restart masses where that is due.
+        """Open a segment of `count` tokens: make room, change positions over and restart masses where due.
 
         Raises:
             ValueError: the tokens would get positions that the model was not trained for.
@@ -94,11 +135,13 @@ class Cache:
                 f"a segment has 1 to {self.rotary.max_positions - self.n} tokens here, not {count}: "
                 f"{self.n} entries are held and the model has {self.rotary.max_positions} positions"
             )
+        if self.makes_room(count):
+            self._move(self.buffers, self._packed_for(count))
         if self.changes_over(count):
-            index = torch.arange(self.n, device=self.buffers.position.device)
+            index = torch.arange(self.packed, self.n, device=self.buffers.position.device)
             for keys, position in zip(self.buffers.keys, self.buffers.position, strict=True):
-                live = keys[:, : self.n]
-                live.copy_(self.rotary.rotate(live, index - position[:, : self.n]))
+                live = keys[:, : self.n - self.packed]
+                live.copy_(self.rotary.rotate(live, index - position[:, self.packed : self.n]))
             self.rotated_in_cache = True
         if not self.policy.accumulates:
             for state in self.policy.states:
@@ -120,7 +163,7 @@ class Cache:
             ValueError: they do not fit the memory.
         """
         end = self.n + count
-        self.buffers.require(end)
+        self.buffers.require(end, self.packed)
         position = self.buffers.position
         position[:, :, self.n : end] = torch.arange(
             self.seen, self.seen + count, dtype=position.dtype, device=position.device
@@ -142,7 +185,7 @@ class Cache:
         self.seen += count
 
     def end_segment(self, into: Buffers | None = None) -> int:
-        """Compact until the policy is content, and move to `into` where given.
+        """Compact until the policy is content, quantise if it asks for that, and move to `into` where given.
 
         Args:
             into: memory that does not overlap the present one; the cache then lives there.
@@ -151,42 +194,38 @@ class Cache:
             Entries evicted from each layer and head.
 
         Raises:
-            ValueError: the survivors do not fit `into`, or it lacks a state that the policy needs;
-                nothing has changed then.
+            ValueError: the survivors do not fit `into`, or it lacks a state or the packed memory that the
+                policy needs; nothing has changed then.
         """
-        if not self.due:
-            if into is not None:
-                self.copy_to(into)
-            return 0
         target = self.buffers if into is None else into
-        outcome = self._compact()
-        n = outcome.index.shape[-1]
-        self._require(target, n)
-        self._gather(outcome, target)
-        for name, kept in outcome.state.items():
-            target.state[name][:, :, :n] = kept
-        evicted = self.n - n
-        self.buffers, self.n, self.sampled = target, n, outcome.sampled
+        outcome = self._compact() if self.due else None
+        evicted = 0 if outcome is None else self.n - outcome.index.shape[-1]
+        packed = self._packed_at_rest(self.n - evicted, max(0, self.packed - evicted))
+        self._require(target, self.n - evicted, packed)
+        self._move(target, packed, outcome)
         self.evicted += evicted
         return evicted
 
     def copy_to(self, into: Buffers) -> None:
-        """Move to other memory: the live entries are copied, and the cache lives in `into` from now on.
+        """Move to other memory: the live entries are copied, and the cache lives in `into` from now on. What
+        is quantised stays so if it fits as it is.
 
         Raises:
-            ValueError: they do not fit, or `into` lacks a state that the policy needs; nothing has
-                changed then.
+            ValueError: they do not fit, or `into` lacks a state or the packed memory that the policy needs;
+                nothing has changed then.
         """
-        self._require(into, self.n)
-        into.copy_from(self.buffers, self.n)
-        self.buffers = into
+        packed = self.packed if into.fits(self.n, self.packed) else 0
+        self._require(into, self.n, packed)
+        self._move(into, packed)
 
     def state(self) -> CacheState:
         """The counts as they are. They are a checkpoint together with what the caller copies aside:
-        states before the next step, keys before `changes_over` or `due`, values and positions before
-        `due`; plain appending changes nothing else of the first `n` entries.
+        states before the next step, keys before `changes_over`, everything before `makes_room` or `settles`;
+        plain appending changes nothing else of the first `n` entries.
         """
-        return CacheState(self.n, self.sampled, self.seen, self.evicted, self.rotated_in_cache)
+        return CacheState(
+            self.n, self.sampled, self.seen, self.evicted, self.rotated_in_cache, self.packed, self.measured
+        )
 
     def restore(self, state: CacheState) -> None:
         """Return to `state`; the entries are the caller's to put back."""
@@ -195,9 +234,28 @@ class Cache:
         self.seen = state.seen
         self.evicted = state.evicted
         self.rotated_in_cache = state.rotated_in_cache
+        self.packed = state.packed
+        self.measured = state.measured
 
-    def _require(self, buffers: Buffers, n: int) -> None:
-        buffers.require(n)
+    def _packed_for(self, count: int) -> int:
+        """How many entries have to be packed before `count` more tokens come."""
+        if self.policy.kivi is None:
+            return 0
+        return max(self.packed, self.n + count - self.buffers.dense)
+
+    def _packed_at_rest(self, n: int, packed: int) -> int:
+        """How many of `n` entries are packed when a segment has ended, where `packed` were."""
+        if self.policy.kivi is None or n - packed < self.policy.residual + BLOCK:
+            return packed
+        return n - self.policy.residual
+
+    def _require(self, buffers: Buffers, n: int, packed: int = 0) -> None:
+        bits = self.policy.kivi
+        if bits is not None and (
+            buffers.packed is None or (buffers.packed.capacity and buffers.packed.bits != bits)
+        ):
+            raise ValueError(f"policy {self.policy} needs memory for entries of {bits} bits")
+        buffers.require(n, packed)
         missing = {state.name for state in self.policy.states} - buffers.state.keys()
         if missing:
             raise ValueError(f"policy {self.policy} needs the state {min(missing)!r}, which the buffers lack")
@@ -216,64 +274,92 @@ class Cache:
                     f"policy {self.policy} is due at {view.n} entries and its compaction changes nothing"
                 )
             if step.merge is not None or merge is not None:
-                past = _goals(keep, self.n) if merge is None else merge
-                goal = _goals(index, view.n) if step.merge is None else step.merge
+                past = goals(keep, self.n) if merge is None else merge
+                goal = goals(index, view.n) if step.merge is None else step.merge
                 merge = goal.gather(-1, past.clamp(min=0)).where(past >= 0, past)
             keep = keep.gather(-1, index)
             state = {name: step.state.get(name, old.gather(-1, index)) for name, old in view.state.items()}
             view = View(step.sampled, self.seen, view.position.gather(-1, index), state)
         return Compaction(keep, view.sampled, view.state, merge)
 
-    def _gather(self, outcome: Compaction, target: Buffers) -> None:
-        """Write the survivors to the front of `target`, keys at their new positions.
+    def _move(self, target: Buffers, packed: int, outcome: Compaction | None = None) -> None:
+        """Write the entries, or the survivors of `outcome`, to `target`, the first `packed` of them packed.
 
         One layer at a time, so that temporary memory stays a layer's.
         """
-        source, keep = self.buffers, outcome.index
-        heads = torch.arange(keep.shape[1], device=keep.device).unsqueeze(1)
-        m = keep.shape[-1]
-        delta = torch.arange(m, device=keep.device) - keep
-        for layer, index in enumerate(keep):
-            if outcome.merge is None:
-                keys, values = source.keys[layer][heads, index], source.values[layer][heads, index]
+        source, n, elsewhere = self.live, self.n, target is not self.buffers
+        stays = outcome is None and packed >= self.packed and target.fits(n, self.packed)
+        if elsewhere and stays:
+            target.copy_from(self.buffers, n, self.packed)
+        elif elsewhere:
+            target.copy_records(self.buffers, n if outcome is None else 0)
+        for layer in range(len(target.keys) if packed > self.packed or not stays else 0):
+            if stays:
+                self._write(target, layer, self.packed, packed, *self._unpacked(target, layer))
             else:
-                keys, values = self._merged(layer, index, outcome.merge[layer])
-            if self.rotated_in_cache:
-                keys = self.rotary.rotate(keys, delta[layer])
-            target.keys[layer, :, :m] = keys
-            target.values[layer, :, :m] = values
-            target.position[layer, :, :m] = source.position[layer][heads, index]
+                self._write(target, layer, 0, packed, *self._survivors(source, target, layer, outcome))
+        self.measured |= packed > 0
+        self.buffers, self.packed = target, packed
+        if outcome is not None:
+            self.n, self.sampled = outcome.index.shape[-1], outcome.sampled
+            for name, kept in outcome.state.items():
+                target.state[name][:, :, : self.n] = kept
 
-    def _merged(self, layer: int, index: Tensor, merge: Tensor) -> tuple[Tensor, Tensor]:
-        """The survivors `index` `[H, m]` of a layer as means of what `merge` `[H, n]` gives them.
+    def _unpacked(self, target: Buffers, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of the keys and values that are not packed, and where the keys are."""
+        dense = slice(0, self.n - self.packed)
+        keys, values = (t[layer, :, dense].to(self._wide, copy=True) for t in (target.keys, target.values))
+        return keys, values, self._places(target.position[layer, :, : self.n])[..., self.packed :]
 
-        Keys are moved to their survivor's position first: the mean of keys at different positions would
-        mean nothing.
-        """
-        buffers, n = self.buffers, self.n
-        joins = merge >= 0
-        goal = merge.clamp(min=0)
-        if self.rotated_in_cache:
-            place = torch.arange(n, device=merge.device).expand_as(merge)
+    def _survivors(
+        self, source: Buffers, target: Buffers, layer: int, outcome: Compaction | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All keys at their new positions and values, and where the keys are; writes original positions."""
+        keys, values = source.read(layer, self.n, self._wide)
+        position = source.position[layer, :, : self.n]
+        place = self._places(position)
+        if outcome is None:
+            return keys, values, place
+        index = outcome.index[layer]
+        if outcome.merge is None:
+            heads = torch.arange(len(index), device=index.device).unsqueeze(1)
+            keys, values = keys[heads, index], values[heads, index]
         else:
-            place = buffers.position[layer, :, :n].long()
-        delta = place.gather(-1, index).gather(-1, goal) - place
-        keys = self.rotary.rotate(buffers.keys[layer, :, :n], delta)
-        count = torch.zeros(index.shape, device=merge.device, dtype=torch.int64).scatter_add_(
-            -1, goal, joins.long()
-        )
+            merge = outcome.merge[layer]
+            keys, values = merged(keys, values, place.expand_as(merge), index, merge, self.rotary)
+        position = position.gather(-1, index)
+        target.position[layer, :, : index.shape[-1]] = position
+        place = self._places(position)
+        return self.rotary.rotate(keys, place - index) if self.rotated_in_cache else keys, values, place
 
-        def mean(entries: Tensor) -> Tensor:
-            wide = entries.to(torch.promote_types(entries.dtype, torch.float32))
-            wide = wide.masked_fill(~joins.unsqueeze(-1), 0)  # what is dropped may be anything
-            total = wide.new_zeros(*index.shape, entries.shape[-1])
-            total.scatter_add_(-2, goal.unsqueeze(-1).expand_as(wide), wide)
-            return (total / count.unsqueeze(-1)).to(entries.dtype)
+    def _write(
+        self,
+        target: Buffers,
+        layer: int,
+        start: int,
+        end: int,
+        keys: Tensor,
+        values: Tensor,
+        place: Tensor,
+    ) -> None:
+        """Write entries from `start` on, up to `end` packed."""
+        count, all_of_them = end - start, keys.shape[-2]
+        if target.packed is not None and count:
+            unrotated = self.rotary.rotate(keys[:, :count], -place[..., :count])
+            if not self.measured:
+                target.packed.measure(layer, unrotated)
+            target.packed.write(layer, start, unrotated, values[:, :count])
+        target.keys[layer, :, : all_of_them - count] = keys[:, count:]
+        target.values[layer, :, : all_of_them - count] = values[:, count:]
 
-        return mean(keys), mean(buffers.values[layer, :, :n])
+    def _places(self, position: Tensor) -> Tensor:
+        """The positions to which the keys of entries `[H, n]` at these original ones are rotated."""
+        if not self.rotated_in_cache:
+            return position.long()
+        return torch.arange(position.shape[-1], device=position.device)
 
-
-def _goals(index: Tensor, n: int) -> Tensor:
-    """For each of `n` entries its place in `index` `[L, H, m]`, -1 where it has none: a merge of nothing."""
-    place = torch.arange(index.shape[-1], device=index.device).expand_as(index)
-    return index.new_full((*index.shape[:-1], n), -1).scatter(-1, index, place)
+    @property
+    def _wide(self) -> torch.dtype:
+        """In which dtype entries are moved: where they are quantised nothing may be rounded between."""
+        dtype = self.buffers.keys.dtype
+        return dtype if self.policy.kivi is None else torch.promote_types(dtype, torch.float32)

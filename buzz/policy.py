@@ -12,6 +12,8 @@ from typing import ClassVar, Literal, Self, Union, get_args, get_origin, get_typ
 import torch
 from torch import Tensor
 
+from buzz.quant import BITS
+
 Positions = Literal["in_cache", "original"]
 MAX_BOUND = 2**20
 MAX_STATES = 2  # that a policy may declare: workspaces serve all policies, and have room for so many
@@ -104,6 +106,11 @@ class Policy(ABC):
         positions: `in_cache`: rotary positions are in-cache indices, so a session never runs past the
             model's trained length. `original`: a survivor keeps its own position until the session is
             as long as the trained length, then changes over once.
+        kivi: where set, entries are quantised to so many bits, 2 or 4, once they are no longer among the
+            most recent (see `buzz.quant`).
+        residual: with `kivi`, how many of the most recent entries are left as they are, at least: they are
+            quantised 32 at a time. A segment of several tokens may go down to half as many where it would
+            not fit its memory otherwise.
         name: the policy's name in specifications such as `buzz(window=300)`.
         sizes: the settings that share the bound, beside what is fixed; `sized` scales them.
 
@@ -112,6 +119,8 @@ class Policy(ABC):
     """
 
     positions: Positions = "in_cache"
+    kivi: int | None = None
+    residual: int = 128
 
     name: ClassVar[str]
     sizes: ClassVar[tuple[str, ...]] = ()
@@ -126,6 +135,10 @@ class Policy(ABC):
                 )
             if type(value) is int and value != field.default and not 0 <= value <= MAX_BOUND:
                 raise PolicyError(f"{self.name}: {field.name}={value} is not between 0 and {MAX_BOUND}")
+        if self.kivi is not None and self.kivi not in BITS:
+            raise PolicyError(f"{self.name}: kivi={self.kivi} is not 2 or 4 bits, or none")
+        if self.kivi is None and self.residual != Policy.residual:
+            raise PolicyError(f"{self.name}: residual={self.residual} means nothing without kivi=2 or kivi=4")
 
     @property
     @abstractmethod
@@ -191,9 +204,10 @@ class Policy(ABC):
         inherited: list[str] = []
         for field in fields(self):
             value = getattr(self, field.name)
-            if type(field.default) is int or value != field.default:
+            common = field.name in Policy.__dataclass_fields__
+            if value != field.default or (type(field.default) is int and not common):
                 text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
-                part = inherited if field.name in Policy.__dataclass_fields__ else own
+                part = inherited if common else own
                 part.append(f"{field.name}={text}")
         settings = ",".join(own + inherited)
         return f"{self.name}({settings})" if settings else self.name

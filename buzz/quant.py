@@ -1,0 +1,228 @@
+"""KV quantisation to 2 or 4 bits, after KIVI (https://arxiv.org/abs/2402.02750).
+
+Values are quantised as in the paper: per token, in groups of `GROUP` channels, each with a minimum and a
+step of its own (asymmetric, float16). Keys have channels that are far larger than others; the paper groups
+them per channel over 32 tokens. But evictions regroup the tokens, and each new grouping rounds anew. So here
+each key channel is scaled to [-1, 1] by the range that it had when the session's first entries were
+quantised, and then keys are quantised like values. An entry's codes so depend on nothing but itself, and
+reading and quantising again gives the same codes. Keys lie unrotated, and are rotated when they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from buzz.rotary import Rotary
+
+BITS = (2, 4)
+GROUP = 32  # channels that share a minimum and a step
+BLOCK = 32  # entries that are quantised at a time while decoding
+
+_FLAT = 2.0**-10  # the least range of a key channel, should it have been constant
+_LARGEST = torch.finfo(torch.float16).max
+
+
+def pack(entries: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantise.
+
+    Args:
+        entries: floating `[..., head_dim]`, at least float32; head_dim a multiple of `GROUP`.
+        bits: 2 or 4.
+
+    Returns:
+        Codes, uint8 `[..., head_dim * bits / 8]`, and the minimum and step of each group, float16
+        `[..., head_dim / GROUP, 2]`.
+    """
+    groups = entries.unflatten(-1, (-1, GROUP))
+    levels = 2**bits - 1
+    low = groups.amin(dim=-1).clamp(-_LARGEST, _LARGEST).half()
+    step = ((groups.amax(dim=-1) - low) / levels).clamp(0, _LARGEST).half()
+    wide_low, wide_step = (t.to(entries.dtype).unsqueeze(-1) for t in (low, step))
+    codes = ((groups - wide_low) / wide_step).nan_to_num(0).round_().clamp_(0, levels)  # a step may be 0
+    planes = codes.flatten(-2).to(torch.uint8).unflatten(-1, (8 // bits, -1))
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=entries.device).unsqueeze(-1)
+    return (planes << shifts).sum(dim=-2, dtype=torch.uint8), torch.stack([low, step], dim=-1)
+
+
+def unpack(codes: Tensor, grid: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `pack` made of entries: `[..., head_dim]` in `dtype`, which should be at least float32."""
+    bits = codes.shape[-1] * 8 // (grid.shape[-2] * GROUP)
+    # a byte holds channels that are far apart, so that each bit position is one run of channels
+    planes = [codes >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
+    levels: Tensor = torch.cat(planes, dim=-1).to(dtype).unflatten(-1, (-1, GROUP))
+    low, step = grid.to(dtype).unsqueeze(-2).unbind(dim=-1)
+    levels.mul_(step).add_(low)  # in place: memory traffic is what it costs
+    return levels.flatten(-2)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Memory for the first entries of each layer and head in few bits, and how much of it is in use.
+
+    A leading dimension of B sessions may come before all shapes.
+
+    Attributes:
+        key_codes: uint8 `[L, H, P, head_dim * bits / 8]`, unrotated.
+        value_codes: the same.
+        key_grid: float16 `[L, H, P, head_dim / GROUP, 2]`: minimum and step of each group.
+        value_grid: the same.
+        channels: float16 `[L, H, 2, head_dim]`: centre and half range of each key channel.
+        count: entries in use, of one session or int64 `[B]`.
+        most: the largest count.
+        rotary: rotates keys that are read; None where nothing is in use.
+        in_cache: whether to in-cache indices, else to their original positions.
+    """
+
+    key_codes: Tensor
+    value_codes: Tensor
+    key_grid: Tensor
+    value_grid: Tensor
+    channels: Tensor
+    count: int | Tensor = 0
+    most: int = 0
+    rotary: Rotary | None = None
+    in_cache: bool = True
+
+    @classmethod
+    def empty(
+        cls, layers: int, kv_heads: int, capacity: int, head_dim: int, bits: int, device: torch.device | str
+    ) -> Self:
+        """Fresh zeroed memory for `capacity` entries; 0 has the key channels' ranges alone.
+
+        Raises:
+            ValueError: `bits` is not 2 or 4, or entries of that head_dim cannot be grouped.
+        """
+        if bits not in BITS or (capacity and head_dim % GROUP):
+            raise ValueError(
+                f"entries are quantised to 2 or 4 bits in groups of {GROUP} channels; "
+                f"{bits} bits and a head_dim of {head_dim} are not possible"
+            )
+        shapes = cls.shapes(layers, kv_heads, capacity, head_dim, bits)
+        return cls.of({name: torch.zeros(shape, dtype=dtype, device=device) for name, dtype, shape in shapes})
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The memory that these tensors are, which have the names and dtypes of `shapes`."""
+        return cls(
+            key_codes=tensors["key_codes"],
+            value_codes=tensors["value_codes"],
+            key_grid=tensors["key_grid"],
+            value_grid=tensors["value_grid"],
+            channels=tensors["channels"],
+        )
+
+    @staticmethod
+    def shapes(
+        layers: int, kv_heads: int, capacity: int, head_dim: int, bits: int
+    ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of each tensor."""
+        codes = (layers, kv_heads, capacity, head_dim * bits // 8)
+        grid = (layers, kv_heads, capacity, head_dim // GROUP, 2)
+        return [
+            ("key_codes", torch.uint8, codes),
+            ("value_codes", torch.uint8, codes),
+            ("key_grid", torch.float16, grid),
+            ("value_grid", torch.float16, grid),
+            ("channels", torch.float16, (layers, kv_heads, 2, head_dim)),
+        ]
+
+    @property
+    def capacity(self) -> int:
+        """Entries that fit."""
+        return self.key_codes.shape[-2]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.key_codes.shape[-1] * 8 // self.channels.shape[-1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All the memory."""
+        return (self.key_codes, self.value_codes, self.key_grid, self.value_grid, self.channels)
+
+    def using(self, count: int | Tensor, most: int, rotary: Rotary, in_cache: bool) -> Self:
+        """The same memory with other entries in use."""
+        return replace(self, count=count, most=most, rotary=rotary, in_cache=in_cache)
+
+    def copy_from(self, source: Packed, count: int) -> None:
+        """Copy the first `count` entries."""
+        for mine, theirs in zip(self.tensors[:-1], source.tensors[:-1], strict=True):
+            mine[:, :, :count] = theirs[:, :, :count]
+
+    def measure(self, layer: int, keys: Tensor) -> None:
+        """Set a layer's channel ranges to those of unrotated keys `[H, n, head_dim]`."""
+        least, most = keys.amin(dim=-2), keys.amax(dim=-2)
+        ranges = torch.stack([(least + most) / 2, ((most - least) / 2).clamp(min=_FLAT)], dim=-2)
+        self.channels[layer] = ranges.clamp(-_LARGEST, _LARGEST)
+
+    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Quantise unrotated keys and values `[H, n, head_dim]` as entries `[start, start + n)`."""
+        centre, half = self.channels[layer].to(keys.dtype).unsqueeze(-2).unbind(dim=-3)
+        place = slice(start, start + keys.shape[-2])
+        scaled = (keys - centre) / half
+        self.key_codes[layer, :, place], self.key_grid[layer, :, place] = pack(scaled, self.bits)
+        self.value_codes[layer, :, place], self.value_grid[layer, :, place] = pack(values, self.bits)
+
+    def read(self, layer: int, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values of a layer's first `most` entries: `[..., H, most, head_dim]` in `dtype`.
+
+        Of a session that has fewer in use, the others are finite and mean nothing.
+
+        Args:
+            layer: which.
+            position: integer `[..., L, H, n]`, n at least `most`: the entries' original positions.
+            dtype: at least float32.
+        """
+        if self.rotary is None:
+            raise ValueError("nothing is packed here")
+        batched = isinstance(self.count, Tensor)
+        at = (slice(None), layer) if batched else (layer,)
+        codes = [tensor[*at, :, : self.most] for tensor in (self.key_codes, self.value_codes)]
+        grids = [tensor[*at, :, : self.most] for tensor in (self.key_grid, self.value_grid)]
+        channels = self.channels[at]
+        if isinstance(self.count, Tensor):  # beyond it there may be anything, NaN included
+            live = torch.arange(self.most, device=position.device) < self.count.unsqueeze(-1)
+            grids = [grid.where(live[:, None, :, None, None], 0) for grid in grids]
+            channels = channels.where((self.count > 0).view(-1, 1, 1, 1), 0)
+        keys, values = (unpack(code, grid, dtype) for code, grid in zip(codes, grids, strict=True))
+        centre, half = channels.to(dtype).unsqueeze(-2).unbind(dim=-3)
+        if self.in_cache:
+            place = torch.arange(self.most, device=position.device)
+        else:
+            place = position[*at, :, : self.most]
+        return self.rotary.rotate(keys.mul_(half).add_(centre), place), values
+
+    def join(
+        self, layer: int, position: Tensor, most: int, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The packed entries of B sessions and behind them, row by row, those that are not.
+
+        Args:
+            layer: which.
+            position: integer `[B, L, H, n]`.
+            most: entries of the longest session.
+            keys: rotated, `[B, H, D, head_dim]`: the entries that are not packed.
+            values: the same.
+
+        Returns:
+            `[B, H, most, head_dim]` in the keys' dtype; beyond a session's entries there may be anything.
+        """
+        batch, _, dense, _ = keys.shape
+        row = torch.arange(batch, device=keys.device).unsqueeze(-1)
+        # a session with few packed entries may have more of the others than fit behind; those are garbage
+        behind = torch.arange(min(dense, most), device=keys.device)
+        place = torch.as_tensor(self.count, device=keys.device).unsqueeze(-1) + behind
+        joined = []
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        for packed, others in zip(self.read(layer, position, wide), (keys, values), strict=True):
+            whole = others.new_empty(*others.shape[:2], self.most + len(behind), others.shape[-1])
+            whole[:, :, : self.most] = packed
+            whole[row, :, place] = others[:, :, : len(behind)].transpose(1, 2)
+            joined.append(whole[:, :, :most])
+        return joined[0], joined[1]
