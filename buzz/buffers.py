@@ -46,6 +46,7 @@ class Buffers:
         states: Sequence[State] = (),
         bits: int | None = None,
         packed: int = 0,
+        dense: int | None = None,
     ) -> Self:
         """Fresh zeroed memory.
 
@@ -58,20 +59,21 @@ class Buffers:
             device: where the memory lies.
             states: which states there are.
             bits: for policies that quantise, how many bits they ask for.
-            packed: of `capacity`, for how many entries the memory is packed; 0 makes a workspace for such a
-                policy, in which nothing is quantised.
+            packed: quantised entries that fit; 0 makes a workspace for such a policy, in which nothing is
+                quantised.
+            dense: other entries that fit, D; by default `capacity`.
 
         Raises:
-            ValueError: `bits` or `packed` make no sense.
+            ValueError: entries cannot be quantised so.
         """
-        if not 0 <= packed <= capacity or (packed and bits is None):
-            raise ValueError(f"{packed} packed entries of {capacity} in {bits} bits make no sense")
+        if packed and bits is None:
+            raise ValueError(f"memory for {packed} quantised entries needs to know their bits")
         shape = (layers, kv_heads, capacity)
-        dense = (layers, kv_heads, capacity - packed, head_dim)
+        entries = (layers, kv_heads, capacity if dense is None else dense, head_dim)
         wide = {torch.float32: torch.promote_types(dtype, torch.float32)}
         return cls(
-            keys=torch.zeros(dense, dtype=dtype, device=device),
-            values=torch.zeros(dense, dtype=dtype, device=device),
+            keys=torch.zeros(entries, dtype=dtype, device=device),
+            values=torch.zeros(entries, dtype=dtype, device=device),
             position=torch.zeros(shape, dtype=torch.int32, device=device),
             state={
                 state.name: torch.zeros(shape, dtype=wide.get(state.dtype, state.dtype), device=device)

@@ -99,11 +99,10 @@ class Cache:
     @property
     def room(self) -> int:
         """The most tokens that the next segment may have in this memory."""
-        room = self.buffers.capacity - self.n
-        if self.policy.kivi is None:
-            return room
-        stays = min(self.n - self.packed, self.policy.residual // 2)
-        return min(room, self.buffers.dense - stays)
+        room, dense = self.buffers.capacity - self.n, self.n - self.packed
+        if self.measured:  # then some can be quantised to make room
+            dense = min(dense, self.policy.residual // 2)
+        return min(room, self.buffers.dense - dense)
 
     @property
     def due(self) -> bool:
@@ -118,7 +117,7 @@ class Cache:
     def makes_room(self, count: int) -> bool:
         """Whether a segment of `count` tokens would first quantise entries, since it would not fit."""
         packed = self._packed_for(count)
-        return packed > self.packed and self.buffers.fits(self.n + count, packed)
+        return self.measured and packed > self.packed and self.buffers.fits(self.n + count, packed)
 
     def changes_over(self, count: int) -> bool:
         """Whether a segment of `count` tokens would first rotate all keys to in-cache positions."""
@@ -345,9 +344,9 @@ class Cache:
         """Write entries from `start` on, up to `end` packed."""
         count, all_of_them = end - start, keys.shape[-2]
         if target.packed is not None and count:
-            unrotated = self.rotary.rotate(keys[:, :count], -place[..., :count])
             if not self.measured:
-                target.packed.measure(layer, unrotated)
+                target.packed.measure(layer, self.rotary.rotate(keys, -place))
+            unrotated = self.rotary.rotate(keys[:, :count], -place[..., :count])
             target.packed.write(layer, start, unrotated, values[:, :count])
         target.keys[layer, :, : all_of_them - count] = keys[:, count:]
         target.values[layer, :, : all_of_them - count] = values[:, count:]

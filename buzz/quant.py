@@ -23,6 +23,7 @@ BITS = (2, 4)
 GROUP = 32  # channels that share a minimum and a step
 BLOCK = 32  # entries that are quantised at a time while decoding
 
+_TENSORS = ("key_codes", "value_codes", "key_grid", "value_grid", "channels")
 _FLAT = 2.0**-10  # the least range of a key channel, should it have been constant
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -108,13 +109,7 @@ class Packed:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Self:
         """The memory that these tensors are, which have the names and dtypes of `shapes`."""
-        return cls(
-            key_codes=tensors["key_codes"],
-            value_codes=tensors["value_codes"],
-            key_grid=tensors["key_grid"],
-            value_grid=tensors["value_grid"],
-            channels=tensors["channels"],
-        )
+        return cls(*(tensors[name] for name in _TENSORS))  # type: ignore[arg-type]
 
     @staticmethod
     def shapes(
@@ -144,7 +139,11 @@ class Packed:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All the memory."""
-        return (self.key_codes, self.value_codes, self.key_grid, self.value_grid, self.channels)
+        return tuple(getattr(self, name) for name in _TENSORS)
+
+    def of_sessions(self, index: int | slice) -> Self:
+        """Of memory of several sessions, that of one, or of some."""
+        return self.of({name: getattr(self, name)[index] for name in _TENSORS})
 
     def using(self, count: int | Tensor, most: int, rotary: Rotary, in_cache: bool) -> Self:
         """The same memory with other entries in use."""

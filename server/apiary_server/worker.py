@@ -18,6 +18,7 @@ from apiary_server.sessions.pool import Pool, SlotLayout
 from apiary_server.sessions.residency import Residency
 from apiary_server.settings import Settings
 from buzz import Policy, PolicyError, parse
+from buzz.quant import GROUP
 
 
 class Layouts:
@@ -43,8 +44,17 @@ class Layouts:
             policy = parse(self._default if spec is None else spec).resolve(self._max_positions)
         except PolicyError as error:
             raise InvalidField([("policy", str(error))]) from error
-        capacity = policy.bound + self._slack if policy.evicts else policy.bound
-        if policy.evicts and capacity > self.workspace_entries:
+        if policy.kivi is not None and self._geometry.head_dim % GROUP:
+            raise InvalidField(
+                [
+                    (
+                        "policy",
+                        f"{policy} quantises {GROUP} channels together, and the heads of this model have "
+                        f"{self._geometry.head_dim}, which is no multiple of that: leave out kivi",
+                    )
+                ]
+            )
+        if policy.evicts and policy.bound + self._slack > self.workspace_entries:
             raise InvalidField(
                 [
                     (
@@ -54,7 +64,7 @@ class Layouts:
                     )
                 ]
             )
-        layout = SlotLayout(self._geometry, capacity, len(policy.states))
+        layout = SlotLayout.of(self._geometry, policy, self._slack)
         if self.pool is not None and self.pool.places(layout) <= self._reserve:
             raise InvalidField(
                 [

@@ -86,14 +86,12 @@ def cached_attention(
     output = torch.empty_like(queries.transpose(0, 1))
     for run in apiary_batch.decodes:
         rows = run.rows
-        batch = torch.arange(rows.stop - rows.start, device=queries.device)
-        cache_keys, cache_values = run.cache.keys[:, layer], run.cache.values[:, layer]
-        cache_keys[batch, :, run.entries] = keys[:, rows].transpose(0, 1).to(cache_keys.dtype)
-        cache_values[batch, :, run.entries] = values[:, rows].transpose(0, 1).to(cache_values.dtype)
+        new_keys, new_values = (new[:, rows].transpose(0, 1) for new in (keys, values))
+        cache_keys, cache_values = run.cache.extend_each(layer, run.entries, run.most, new_keys, new_values)
         output[rows] = attend_decode(
             queries[:, rows].transpose(0, 1),
-            cache_keys[:, :, : run.most],
-            cache_values[:, :, : run.most],
+            cache_keys,
+            cache_values,
             run.entries + 1,
             scale,
             [Record(s, run.cache.state[s.name][:, layer, :, : run.most]) for s in run.states],
@@ -102,13 +100,11 @@ def cached_attention(
         )
     for chunk in apiary_batch.chunks:
         rows, end = chunk.rows, chunk.entries + chunk.rows.stop - chunk.rows.start
-        cache_keys, cache_values = chunk.cache.keys[layer], chunk.cache.values[layer]
-        cache_keys[:, chunk.entries : end] = keys[:, rows]
-        cache_values[:, chunk.entries : end] = values[:, rows]
+        cache_keys, cache_values = chunk.cache.extend(layer, chunk.entries, keys[:, rows], values[:, rows])
         output[rows] = attend_chunk(
             queries[:, rows],
-            cache_keys[:, :end],
-            cache_values[:, :end],
+            cache_keys,
+            cache_values,
             scale,
             [Record(s, chunk.cache.state[s.name][layer, :, :end]) for s in chunk.states],
             chunk.seen,

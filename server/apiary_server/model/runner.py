@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,9 +75,7 @@ class Runner:
             if not piece.decodes:
                 cache = piece.cache
                 batch.chunks.append(
-                    ChunkRun(
-                        rows, cache.buffers, cache.n, cache.seen, cache.policy.states, cache.policy.log_n
-                    )
+                    ChunkRun(rows, cache.live, cache.n, cache.seen, cache.policy.states, cache.policy.log_n)
                 )
         decoding = [piece for piece in packed if piece.decodes]  # they are the first rows
         row = 0
@@ -87,7 +85,7 @@ class Runner:
             batch.decodes.append(
                 DecodeRun(
                     slice(row, row + len(run)),
-                    _neighbours(first, len(run)),
+                    self._neighbours(run),
                     self._tensor(entries),
                     self._tensor([piece.cache.seen for piece in run]),
                     max(entries) + 1,
@@ -98,15 +96,26 @@ class Runner:
             row += len(run)
         return batch
 
+    def _neighbours(self, run: Sequence[Piece]) -> Buffers:
+        """The tensors of neighbouring slots, with a leading dimension of slots, as they are used now."""
+        first = run[0].place.index
+        cache = run[0].cache
+        buffers = run[0].place.slots.buffers(slice(first, first + len(run)), cache.policy.states)
+        counts = [piece.cache.packed for piece in run]
+        if buffers.packed is None or not any(counts):
+            return buffers
+        packed = buffers.packed.using(self._tensor(counts), max(counts), cache.rotary, cache.rotated_in_cache)
+        return replace(buffers, packed=packed)
+
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
-def _neighbourhood(piece: Piece) -> tuple[bool, int, int, str, int]:
+def _neighbourhood(piece: Piece) -> tuple[bool, int, int, str, bool, int]:
     """Sorts decoding pieces first, and such as can share a kernel behind each other."""
     policy = piece.cache.policy
-    states = repr(policy.states)
-    return (not piece.decodes, id(piece.place.slots), policy.log_n or 0, states, piece.place.index)
+    kind = (policy.log_n or 0, repr(policy.states), piece.cache.rotated_in_cache)
+    return (not piece.decodes, id(piece.place.slots), *kind, piece.place.index)
 
 
 def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
@@ -120,9 +129,3 @@ def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
                 continue
         runs.append([piece])
     return runs
-
-
-def _neighbours(first: Piece, count: int) -> Buffers:
-    """The tensors of `count` slots from `first` on, with a leading dimension of slots."""
-    here = slice(first.place.index, first.place.index + count)
-    return first.place.slots.buffers(here, first.cache.policy.states)

@@ -14,11 +14,13 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from buzz import MAX_STATES, Buffers, State
+from buzz import MAX_STATES, Buffers, Policy, State
+from buzz.quant import BITS, BLOCK, Packed
 
 _ALIGNMENT = 64
 
@@ -38,20 +40,46 @@ class SlotLayout:
     """Where a slot's tensors lie in its bytes. Equal layouts are one capacity class.
 
     `states` is how many states each entry has; a slot also holds them as they were before the running turn.
+    Where entries are quantised to `bits`, there is room for `packed` such and `dense` others.
     """
 
     geometry: Geometry
     capacity: int
     states: int
+    bits: int | None = None
+    packed: int = 0
+    dense: int | None = None
+
+    @classmethod
+    def of(cls, geometry: Geometry, policy: Policy, slack: int) -> Self:
+        """The slots of a policy.
+
+        Where it quantises, what lies unquantised is its residual and the block that is quantised next; and as
+        a prompt of `slack` tokens comes, half the residual at least.
+        """
+        capacity = policy.bound + slack if policy.evicts else policy.bound
+        if policy.kivi is None:
+            return cls(geometry, capacity, len(policy.states))
+        dense = min(capacity, max(policy.residual + BLOCK, policy.residual // 2 + slack))
+        packed = max(capacity - dense, policy.bound - policy.residual, 0)
+        return cls(geometry, capacity, len(policy.states), policy.kivi, packed, dense)
+
+    @classmethod
+    def of_workspace(cls, geometry: Geometry, entries: int) -> Self:
+        """Workspaces: they serve all policies, and nothing is packed there."""
+        return cls(geometry, entries, MAX_STATES, bits=BITS[0])
 
     def _tensors(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         shape = (self.geometry.layers, self.geometry.kv_heads, self.capacity)
-        entries = (*shape, self.geometry.head_dim)
+        dense = self.capacity if self.dense is None else self.dense
+        entries = (*shape[:2], dense, self.geometry.head_dim)
         tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]
         tensors = [("keys", self.geometry.dtype, entries), ("values", self.geometry.dtype, entries)]
         tensors += [("position", torch.int32, shape)]
         if self.states:
             tensors += [(name, torch.float32, (self.states, *shape)) for name in ("state", "saved_state")]
+        if self.bits is not None:
+            tensors += Packed.shapes(*shape[:2], self.packed, self.geometry.head_dim, self.bits)
         return tensors
 
     @property
@@ -64,7 +92,7 @@ class SlotLayout:
         views, start = {}, 0
         for name, dtype, shape in self._tensors():
             size = dtype.itemsize * math.prod(shape)
-            views[name] = memory[:, start : start + size].view(dtype).view(-1, *shape)
+            views[name] = memory[:, start : start + size].view(dtype).view(len(memory), *shape)
             start += _aligned(size)
         return views
 
@@ -74,9 +102,9 @@ def _aligned(size: int) -> int:
 
 
 class SlotClass:
-    """All slots of one layout, as batched tensors: keys and values `[slots, layers, kv_heads, capacity,
-    head_dim]`, position `[slots, layers, kv_heads, capacity]`, state and saved_state `[slots, states, layers,
-    kv_heads, capacity]` (None where there is no state)."""
+    """All slots of one layout, as batched tensors: keys and values `[slots, layers, kv_heads, dense,
+    head_dim]`, position `[slots, layers, kv_heads, capacity]`, state and saved_state `[slots, states,
+    layers, kv_heads, capacity]` (None where there is no state), and memory for quantised entries."""
 
     def __init__(self, layout: SlotLayout, memory: Tensor) -> None:
         self.layout = layout
@@ -85,6 +113,7 @@ class SlotClass:
         views = layout.views(self.memory)
         self.keys, self.values, self.position = views["keys"], views["values"], views["position"]
         self.state, self.saved_state = views.get("state"), views.get("saved_state")
+        self.packed = None if layout.bits is None else Packed.of(views)
 
     def buffers(self, index: int | slice, states: Sequence[State]) -> Buffers:
         """The tensors of one slot, or with a leading dimension of slots; as many states as asked for."""
@@ -92,7 +121,8 @@ class SlotClass:
         if self.state is not None:
             for number, state in enumerate(states):
                 named[state.name] = self.state[index, number].view(state.dtype)
-        return Buffers(self.keys[index], self.values[index], self.position[index], named)
+        packed = None if self.packed is None else self.packed.of_sessions(index)
+        return Buffers(self.keys[index], self.values[index], self.position[index], named, packed)
 
 
 class Lease:
@@ -159,7 +189,7 @@ class Pool:
         workspace_entries: int,
         device: torch.device,
     ) -> None:
-        workspace = SlotLayout(geometry, workspace_entries, MAX_STATES)
+        workspace = SlotLayout.of_workspace(geometry, workspace_entries)
         least = workspaces * workspace.bytes + 2 * default.bytes
         if budget < least:
             raise ValueError(

@@ -5,8 +5,8 @@ cache is compacted at a segment's end and nowhere else, so what it keeps depends
 
 Nothing that was committed is overwritten while the turn runs. Appending leaves the old entries in place
 (their states, which later queries change, are saved inside the slot). What would overwrite them - a
-compaction, or the change of rotary positions - writes into a second slot instead, and the first stays as the
-checkpoint.
+compaction, quantising what was not, or the change of rotary positions - writes into a second slot instead,
+and the first stays as the checkpoint.
 """
 
 from __future__ import annotations
@@ -68,17 +68,17 @@ class Transaction:
         """Start the next segment of at most `tokens` tokens. Returns how many it has; 0: wait for memory.
 
         Generated tokens are segments of their own. Several known ones (a replay) are taken at once as far as
-        no compaction would have come between them.
+        nothing would have been compacted or quantised between them. Without eviction, a prompt that fits
+        neither its slot nor the workspace is cut to what fits the slot.
         """
         cache = self.cache
         if not prompt:
             tokens = self._until_compaction(tokens)
-        slot_room = self._session.layout.capacity - cache.n
-        needs_workspace = tokens > slot_room
-        if needs_workspace:
-            tokens = min(tokens, self._residency.pool.workspace_entries - cache.n)
-        changes_over = cache.changes_over(tokens)
-        overwrites = needs_workspace or changes_over or cache.policy.due(cache.n + tokens, cache.sampled)
+        in_workspace = min(tokens, self._residency.pool.workspace_entries - cache.n)
+        needs_workspace = in_workspace > cache.room
+        tokens = in_workspace if needs_workspace else min(tokens, cache.room)
+        rewrites = not needs_workspace and (cache.changes_over(tokens) or cache.makes_room(tokens))
+        overwrites = needs_workspace or rewrites or cache.settles(tokens)
         if overwrites and self._base is not None and self._second is None:
             self._second = self._residency.claim(self._session.layout)
             self.starved = self._second is None
@@ -89,18 +89,18 @@ class Transaction:
             if self._workspace is None:
                 return 0
             cache.copy_to(self._workspace.buffers(cache.policy.states))
-        elif changes_over and self._second is not None and not self._in_second:
+        elif rewrites and self._second is not None and not self._in_second:
             cache.copy_to(self._second.buffers(cache.policy.states))
             self._in_second = True
         cache.begin_segment(tokens)
         return tokens
 
     def end_segment(self) -> int:
-        """Compact if due, and bring the survivors home. Returns the number of evicted entries."""
+        """Compact and quantise what is due, and bring the entries home. Returns how many were evicted."""
         cache = self.cache
         home = self._second or self._session.lease
         moves = self._workspace is not None or (
-            self._second is not None and not self._in_second and cache.due
+            self._second is not None and not self._in_second and cache.settles()
         )
         if not moves or home is None:
             return cache.end_segment()
@@ -170,8 +170,8 @@ class Transaction:
         if not cache.policy.accumulates:
             return 1
         count = 1
-        while count < tokens and not cache.policy.due(cache.n + count, cache.sampled):
-            if cache.changes_over(count + 1):
+        while count < tokens and not cache.settles(count):
+            if cache.changes_over(count + 1) or cache.makes_room(count + 1):
                 break
             count += 1
         return count
