@@ -67,10 +67,13 @@ class Shape:
     capacity: int = 256
     dtype: torch.dtype = torch.float64
 
-    def memory(self, policy: Policy, capacity: int, sessions: int = 1) -> Buffers:
-        """Fresh memory, the layers of one session after the other's; of NaN, on which nothing may depend."""
-        size = (sessions * self.layers, self.kv_heads, capacity, self.head_dim)
-        buffers = Buffers.empty(*size, self.dtype, "cpu", policy.states)
+    def memory(self, policy: Policy, capacity: int, sessions: int = 1, packed: int = 0) -> Buffers:
+        """Fresh memory, the layers of one session after the other's; of NaN, on which nothing may depend.
+
+        It has room for `packed` quantised entries beside the `capacity` others.
+        """
+        size = (sessions * self.layers, self.kv_heads, capacity + packed, self.head_dim)
+        buffers = Buffers.empty(*size, self.dtype, "cpu", policy.states, policy.kivi, packed)
         buffers.keys.fill_(torch.nan)
         return buffers
 
@@ -90,15 +93,18 @@ class Driver:
         self.policy = policy
         self.random = np.random.default_rng(seed)
         self.rotary = Rotary.of(shape.head_dim, shape.max_positions, theta=100.0)
-        self.workspace = workspace or self.memory(shape.capacity)
+        self.workspace = workspace or self.memory(shape.capacity, 0 if slot else None)
         self.slot = self.memory(policy.bound + 8) if slot else None
         self.cache = Cache(policy, self.rotary, self.workspace)
         self.keys: list[np.ndarray] = []  # unrotated, [layer, kv_heads, head_dim] of each token ever seen
         self.steps = 0
         self.output = torch.empty(0)  # of the last step, [layer, query_heads, count, head_dim]
 
-    def memory(self, capacity: int) -> Buffers:
-        return self.shape.memory(self.policy, capacity)
+    def memory(self, capacity: int, packed: int | None = None) -> Buffers:
+        """Memory for so many entries and, unless told, for all quantised ones if the policy quantises."""
+        if packed is None:
+            packed = 0 if self.policy.kivi is None else self.policy.bound
+        return self.shape.memory(self.policy, capacity, packed=packed)
 
     def draw(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Random queries, keys and values `[count, layer, heads, head_dim]`."""
@@ -133,32 +139,31 @@ class Driver:
     def step(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
         """A forward pass over some tokens of a segment, as drawn."""
         cache, count, self.steps = self.cache, len(query), self.steps + 1
-        turned, buffers, end = self.write(query, key, value), cache.buffers, cache.n + count
+        turned, keys, values = self.turned(query, key, value)
+        cache.prepare(count)
+        live, end = cache.live, cache.n + count
         scale, log_n = self.shape.head_dim**-0.5, self.policy.log_n
         outputs = []
         for layer, q in enumerate(turned):
-            keys, values = buffers.keys[layer, :, :end], buffers.values[layer, :, :end]
+            k, v = live.extend(layer, cache.n, keys[layer], values[layer])
             records = cache.records(layer, end)
             if count == 1:
-                batch = (t.unsqueeze(0) for t in (q[:, 0], keys, values))
+                batch = (t.unsqueeze(0) for t in (q[:, 0], k, v))
                 records = [Record(record.state, record.into.unsqueeze(0)) for record in records]
                 seen = torch.tensor([cache.seen])
                 out = attend_decode(*batch, torch.tensor([end]), scale, records, seen, log_n).transpose(0, 1)
             else:
-                out = attend_chunk(q, keys, values, scale, records, cache.seen, log_n)
+                out = attend_chunk(q, k, v, scale, records, cache.seen, log_n)
             outputs.append(out)
         cache.append(count)
         self.output = torch.stack(outputs)
 
-    def write(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> torch.Tensor:
-        """Place new entries; returns the queries turned to their positions, `[layer, heads, count, dim]`."""
-        cache, count = self.cache, len(query)
-        positions = torch.tensor(cache.next_positions(count))
-        cache.prepare(count)
+    def turned(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """The next tokens' queries and keys, rotated to their positions, and values:
+        `[layer, heads, count, head_dim]`."""
+        positions = torch.tensor(self.cache.next_positions(len(query)))
         q, k, v = (torch.from_numpy(t).to(self.shape.dtype).permute(1, 2, 0, 3) for t in (query, key, value))
-        cache.buffers.keys[:, :, cache.n : cache.n + count] = self.rotary.rotate(k, positions)
-        cache.buffers.values[:, :, cache.n : cache.n + count] = v
-        return self.rotary.rotate(q, positions)
+        return self.rotary.rotate(q, positions), self.rotary.rotate(k, positions), v
 
     def oracle(self) -> naive.Session:
         shape = self.shape
@@ -176,6 +181,8 @@ class Driver:
             shape.group,
             self.rotary.inv_freq.double().tolist(),
             shape.max_positions,
+            self.policy.kivi,
+            self.policy.residual,
         )
 
     def fresh_keys(self) -> np.ndarray:
@@ -192,48 +199,63 @@ class Driver:
         return self.cache.buffers.position[:, :, : self.cache.n].numpy()
 
 
+def views(memory: Buffers, of: Callable[[torch.Tensor], torch.Tensor]) -> Buffers:
+    """The same memory, seen otherwise."""
+    packed = memory.packed
+    if packed is not None:
+        names = ("key_codes", "value_codes", "key_grid", "value_grid", "channels")
+        packed = dataclasses.replace(packed, **{name: of(getattr(packed, name)) for name in names})
+    state = {name: of(tensor) for name, tensor in memory.state.items()}
+    return Buffers(of(memory.keys), of(memory.values), of(memory.position), state, packed)
+
+
 class Together:
     """Sessions whose memory is one pool, and whose single tokens attend in one batch."""
 
     def __init__(self, policy: Policy, shape: Shape, seeds: Sequence[int]) -> None:
-        self.pool = shape.memory(policy, shape.capacity, len(seeds))
+        packed = 0 if policy.kivi is None else policy.bound
+        memory = shape.memory(policy, shape.capacity, len(seeds), packed)
+        self.pool = views(memory, lambda tensor: tensor.unflatten(0, (-1, shape.layers)))
         self.drivers = []
         for row, seed in enumerate(seeds):
             own = slice(row * shape.layers, (row + 1) * shape.layers)
-            state = {name: memory[own] for name, memory in self.pool.state.items()}
-            memory = Buffers(self.pool.keys[own], self.pool.values[own], self.pool.position[own], state)
-            self.drivers.append(Driver(policy, shape, seed, workspace=memory))
+            mine = views(memory, lambda tensor, own=own: tensor[own])  # type: ignore[misc]
+            self.drivers.append(Driver(policy, shape, seed, workspace=mine))
 
     def segment(self) -> torch.Tensor:
         """One token in every session: their attention, `[session, layer, query_heads, head_dim]`."""
         caches, shape = [driver.cache for driver in self.drivers], self.drivers[0].shape
+        policy, rotary = caches[0].policy, caches[0].rotary
         for cache in caches:
             cache.begin_segment(1)
-        queries = torch.stack([driver.write(*driver.draw(1))[:, :, 0] for driver in self.drivers])
-        lengths = torch.tensor([cache.n + 1 for cache in caches])
-        seen = torch.tensor([cache.seen for cache in caches])
-        end, policy = int(lengths.max()), caches[0].policy
+        turned = [driver.turned(*driver.draw(1)) for driver in self.drivers]
+        for cache in caches:
+            cache.prepare(1)
+        queries, keys, values = (torch.stack(t)[:, :, :, 0] for t in zip(*turned, strict=True))
+        live, starts = self.pool, torch.tensor([cache.n for cache in caches])
+        if live.packed is not None:
+            counts = [cache.packed for cache in caches]
+            (in_cache,) = {cache.rotated_in_cache for cache in caches}
+            using = live.packed.using(torch.tensor(counts), max(counts), rotary, in_cache)
+            live = dataclasses.replace(live, packed=using)
+        most, seen = int(starts.max()) + 1, torch.tensor([cache.seen for cache in caches])
         output = torch.empty_like(queries)
         for layer in range(shape.layers):
-
-            def rows(memory: torch.Tensor, layer: int = layer) -> torch.Tensor:
-                return memory.unflatten(0, (-1, shape.layers))[:, layer, :, :end]
-
-            records = [Record(state, rows(self.pool.state[state.name])) for state in policy.states]
-            output[:, layer] = attend_decode(
-                queries[:, layer],
-                rows(self.pool.keys),
-                rows(self.pool.values),
-                lengths,
-                shape.head_dim**-0.5,
-                records,
-                seen,
-                policy.log_n,
-            )
+            k, v = live.extend_each(layer, starts, most, keys[:, layer], values[:, layer])
+            records = [Record(s, live.state[s.name][:, layer, :, :most]) for s in policy.states]
+            query, scale = queries[:, layer], shape.head_dim**-0.5
+            output[:, layer] = attend_decode(query, k, v, starts + 1, scale, records, seen, policy.log_n)
         for cache in caches:
             cache.append(1)
             cache.end_segment()
         return output
+
+
+def held(cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
+    """All keys, rotated, and values, those quantised as they are read: `[L, H, n, head_dim]`."""
+    live = cache.live
+    keys, values = zip(*(live.read(layer, cache.n) for layer in range(len(live.keys))), strict=True)
+    return torch.stack(keys), torch.stack(values)
 
 
 def assert_equal(mine: Cache, theirs: Cache, **tolerance: float) -> None:
@@ -241,20 +263,21 @@ def assert_equal(mine: Cache, theirs: Cache, **tolerance: float) -> None:
     assert mine.state() == theirs.state()
     a, b, n = mine.buffers, theirs.buffers, mine.n
     assert a.state.keys() == b.state.keys()
-    pairs = [(a.position, b.position), (a.keys, b.keys), (a.values, b.values)]
-    pairs += [(a.state[name], b.state[name]) for name in a.state]
+    pairs = [(a.position, b.position), *((a.state[name], b.state[name]) for name in a.state)]
+    pairs = [(x[:, :, :n], y[:, :, :n]) for x, y in pairs] + list(zip(held(mine), held(theirs), strict=True))
     for x, y in pairs:
-        torch.testing.assert_close(x[:, :, :n], y[:, :, :n], **(tolerance or {"rtol": 0, "atol": 0}))
+        torch.testing.assert_close(x, y, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
 def assert_same(driver: Driver, oracle: naive.Session) -> None:
     """The library's cache is the naive one: the same tokens, counts, scores and keys."""
     cache = driver.cache
-    assert (cache.n, cache.sampled, cache.seen, cache.evicted) == (
+    assert (cache.n, cache.sampled, cache.seen, cache.evicted, cache.packed) == (
         oracle.n,
         oracle.sampled,
         oracle.seen,
         oracle.evicted,
+        oracle.packed,
     )
     assert cache.rotated_in_cache == oracle.in_cache
     if not cache.n:
@@ -272,5 +295,6 @@ def assert_same(driver: Driver, oracle: naive.Session) -> None:
     if "vote" in live:
         np.testing.assert_array_equal(live["vote"], expected(lambda entry: entry.mattered[-1]))
     assert live.keys() <= {"score", "vote"}
-    values = cache.buffers.values[:, :, : cache.n].numpy()
-    np.testing.assert_allclose(values, expected(lambda entry: entry.value), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        held(cache)[1].numpy(), expected(lambda entry: entry.value), rtol=0, atol=1e-12
+    )

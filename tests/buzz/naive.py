@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tests.buzz.kivi import Kivi
 from tests.buzz.rules import RULES, Entry, Head, Settings
 
 
@@ -26,13 +27,19 @@ class Session:
     group: int
     inv_freq: list[float]
     max_positions: int
+    bits: int | None = None
+    residual: int = 0
     heads: list[list[Head]] = field(init=False)
+    quantised: list[list[Kivi]] = field(init=False)
     seen: int = 0
     evicted: int = 0
     in_cache: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.heads = [[Head() for _ in range(self.kv_heads)] for _ in range(self.layers)]
+        self.quantised = [
+            [Kivi(self.bits, self.residual) for _ in layer] if self.bits else [] for layer in self.heads
+        ]
         self.in_cache = not self.original
 
     @property
@@ -42,6 +49,10 @@ class Session:
     @property
     def sampled(self) -> int:
         return self._same({head.sampled for layer in self.heads for head in layer})
+
+    @property
+    def packed(self) -> int:
+        return self._same({kivi.packed for layer in self.quantised for kivi in layer} or {0})
 
     @staticmethod
     def _same(values: set[int]) -> int:
@@ -109,4 +120,7 @@ class Session:
         for layer in self.heads:
             for head in layer:
                 RULES[self.rule](head, self.seen, **self.settings)
+        for layer, quantised in zip(self.heads, self.quantised, strict=True):
+            for head, kivi in zip(layer, quantised, strict=False):  # none, where nothing is quantised
+                kivi.end(head, before - len(head.entries))
         self.evicted += before - self.n

@@ -19,6 +19,7 @@ class Entry:
     value: np.ndarray
     score: float = 0.0
     mattered: list[int] = field(default_factory=list)  # the tokens to whose queries it mattered; its own, too
+    quantised: bool = False
     turned: tuple[int, np.ndarray] | None = None  # the key rotated to a position, to save time
 
 
@@ -126,7 +127,7 @@ def elastic(head: Head, seen: int, sink: int, heavy: int, recent: int, distance:
         for entry in kept:
             # unrotated keys are all at one position, so their mean is that of the keys moved to any one
             entry.key, entry.value = means[entry.position]
-            entry.turned = None
+            entry.quantised, entry.turned = False, None
         head.entries = entries[:sink] + kept + entries[last:]
 
 
