@@ -24,7 +24,7 @@ class Kivi:
             self.packed = len(head.entries) - self.residual
         first = head.entries[: self.packed]
         if first and not self.ranges:
-            keys = np.stack([entry.key for entry in first])
+            keys = np.stack([entry.key for entry in head.entries])
             for low, high in zip(keys.min(axis=0), keys.max(axis=0), strict=True):
                 self.ranges.append((half((low + high) / 2), half(max((high - low) / 2, 2**-10))))
         for entry in first:
