@@ -156,8 +156,11 @@ def state(record: Session) -> dict[str, object]:
         copied["counts"] = cache.state()
         source = cache.buffers
         if record.parked is None:
-            copied["keys"] = source.keys[:, :, :n].clone()
-            copied["values"] = source.values[:, :, :n].clone()
+            copied["keys"] = source.keys[:, :, : n - cache.packed].clone()
+            copied["values"] = source.values[:, :, : n - cache.packed].clone()
+            if source.packed is not None and cache.measured:
+                *entries, copied["channels"] = (tensor.clone() for tensor in source.packed.tensors)
+                copied |= {f"packed {i}": tensor[:, :, : cache.packed] for i, tensor in enumerate(entries)}
             copied["position"] = source.position[:, :, :n].clone()
             copied |= {name: state[:, :, :n].clone() for name, state in source.state.items()}
     return copied

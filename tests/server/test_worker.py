@@ -14,7 +14,6 @@ from apiary_server.errors import ContextFull, InvalidField
 from apiary_server.sessions.pool import Geometry, SlotLayout
 from apiary_server.settings import Settings
 from apiary_server.worker import build
-from buzz import MAX_STATES
 from tests import tiny
 from tests.server.driver import Reader, ask, create, request
 
@@ -42,7 +41,7 @@ def test_a_workspace_is_never_longer_than_the_model(short: Callable[..., Engine]
     engine = short()
     assert engine.model.max_positions == POSITIONS
     geometry = Geometry(layers=2, kv_heads=2, head_dim=8, dtype=torch.float32)
-    assert engine.capacity().workspace_bytes == SlotLayout(geometry, POSITIONS, MAX_STATES).bytes
+    assert engine.capacity().workspace_bytes == SlotLayout.of_workspace(geometry, POSITIONS).bytes
 
 
 @pytest.mark.parametrize("turns", [[161], [7, 153, 1], [144, 16, 17, 400]])
@@ -107,6 +106,10 @@ def test_a_full_cache_ends_at_the_last_position(
         ("full(bound=161)", "160"),
         ("buzz(sink=4,window=80,threshold=61)", "with 16 of slack that is more than the 160 of a workspace"),
         ("buzz", "the bound must be less"),
+        (
+            "buzz(sink=4,window=20,threshold=20,kivi=4)",
+            "32 channels together, and the heads of this model have 8",
+        ),
         ("nonsense", "unknown policy"),
         ("buzz(stride=2)", "stride=2"),
     ],

@@ -20,8 +20,10 @@ from hypothesis.stateful import (
 
 from apiary_server import errors
 from apiary_server.engine.engine import Engine
+from apiary_server.sessions.pool import Geometry, SlotLayout
 from apiary_server.settings import Settings
 from apiary_server.worker import build
+from buzz import parse
 from tests import tiny
 from tests.server.driver import Reader, create, request, same, session, state
 
@@ -32,8 +34,14 @@ POLICIES = [
     "full(bound=90)",
     "streaming(sink=2,window=20,block=4)",
     "h2o(heavy=8,recent=8,block=3)",
+    "h2o(heavy=24,recent=40,block=8,kivi=4,residual=4)",
+    "buzz(sink=2,window=8,threshold=60,kivi=2,residual=0,positions=original)",
+    "full(bound=90,kivi=4,residual=8)",
 ]
-WORKSPACE, SLOT = 77_824, 14_080
+DEFAULT = "buzz(sink=2,window=8,threshold=20,stride=5)"
+GEOMETRY = Geometry(layers=2, kv_heads=2, head_dim=32, dtype=torch.float32)
+WORKSPACE = SlotLayout.of_workspace(GEOMETRY, 256).bytes
+SLOT = SlotLayout.of(GEOMETRY, parse(DEFAULT), slack=16).bytes
 
 
 class Life(RuleBasedStateMachine):
@@ -52,7 +60,7 @@ class Life(RuleBasedStateMachine):
         self.engine: Engine = build(
             Settings.load(
                 model=str(self.model),
-                policy="buzz(sink=2,window=8,threshold=20,stride=5)",
+                policy=DEFAULT,
                 cache_budget=WORKSPACE + slots * SLOT,
                 parked_budget=4 * SLOT,
                 workspace_entries=256,
@@ -70,7 +78,7 @@ class Life(RuleBasedStateMachine):
         try:
             self.transcripts[create(self.engine, f"s{self.number}", policy)] = []
         except errors.InvalidField:
-            assert policy == "full(bound=90)", "the one whose slots may be too large"
+            assert policy in POLICIES[3:4] + POLICIES[6:], "those whose slots may be too large"
 
     @rule(data=st.data(), length=st.sampled_from([1, 5, 40, 120, 700]), tokens=st.integers(1, 40))
     @precondition(lambda self: self.transcripts)
@@ -181,7 +189,7 @@ class Life(RuleBasedStateMachine):
 
 @pytest.mark.timeout(300)
 def test_a_session_s_life(tmp_path_factory: pytest.TempPathFactory) -> None:
-    Life.model = tiny.save(tmp_path_factory.mktemp("life"))
+    Life.model = tiny.save(tmp_path_factory.mktemp("life"), tiny.config(head_dim=32))
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Life,
         settings=settings(

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from apiary_server.sessions.pool import Geometry, Lease, Pool, SlotLayout
-from buzz import MAX_STATES, State
+from buzz import State
 
 GEOMETRY = Geometry(layers=2, kv_heads=2, head_dim=4, dtype=torch.float32)
 LAYOUTS = [SlotLayout(GEOMETRY, capacity, states) for capacity, states in [(10, 1), (3, 0), (17, 2), (40, 0)]]
 
 
 def pool(slots: int = 12, workspaces: int = 2) -> Pool:
-    workspace = SlotLayout(GEOMETRY, 32, MAX_STATES)
+    workspace = SlotLayout.of_workspace(GEOMETRY, 32)
     budget = workspaces * workspace.bytes + slots * LAYOUTS[0].bytes
     return Pool(GEOMETRY, budget, LAYOUTS[0], workspaces, 32, torch.device("cpu"))
 
