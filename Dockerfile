@@ -33,6 +33,7 @@ COPY buzz buzz
 COPY proto proto
 COPY server server
 COPY client client
+COPY benchmarks benchmarks
 RUN /opt/apiary/bin/python -m pip install '.[server]'
 
 FROM build AS model

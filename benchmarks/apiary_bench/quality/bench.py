@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from apiary_bench.errors import DataError, SettingsError
 from apiary_bench.quality.memory import Trace, footprint
@@ -40,12 +41,12 @@ class Bench:
     Attributes:
         loaded: the model.
         contenders: the policies; the first is `full`, the reference of all others.
-        matched: whether policies are scaled to equal average bytes; if not, they run as written.
+        match: policies are scaled to equal averages of this; None: they run as written.
     """
 
     loaded: LoadedModel
     contenders: tuple[Contender, ...]
-    matched: bool = True
+    match: Literal["bytes", "entries"] | None = "bytes"
 
     @property
     def policies(self) -> list[Policy]:
@@ -59,12 +60,12 @@ class Bench:
             SettingsError: one of them cannot be scaled to anything.
         """
         geometry = self.loaded.geometry
-        if not self.matched:
+        if self.match is None:
             return [Sized(policy, footprint(policy, trace, geometry), None) for policy in self.policies]
         step = max((segment.tokens for segment in trace[1:]), default=1)
         most = self.loaded.rotary.max_positions - step
         try:
-            return [fit(policy, trace, entries, geometry, most) for policy in self.policies]
+            return [fit(policy, trace, entries, geometry, most, self.match) for policy in self.policies]
         except PolicyError as error:
             raise SettingsError(str(error)) from error
 
@@ -93,9 +94,9 @@ def contenders(specs: Sequence[str], max_positions: int) -> tuple[Contender, ...
             policy = parse(spec).resolve(max_positions)
         except PolicyError as error:
             raise SettingsError(str(error)) from error
-        if not policy.evicts:
+        if not policy.evicts and policy.kivi is None:
             if spec != "full":
-                raise SettingsError(f"{spec} evicts nothing: only plain `full`, the reference, may be so")
+                raise SettingsError(f"{spec} evicts nothing: only plain `full`, the reference, may do so")
             continue
         if policy in [contender.policy for contender in found]:
             raise SettingsError(f"policy {spec} is given twice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,7 @@ import torch
 
 from apiary_server.sessions.pool import Geometry
 from buzz import Policy, View
+from buzz.quant import BLOCK, Packed
 
 _POSITION_BYTES = 4
 _STATE_BYTES = 4
@@ -54,14 +56,22 @@ def generation(prompt: int, output: int) -> Trace:
     return (Segment(prompt, 1), *(Segment(1, 1) for _ in range(output - 1)), Segment(1, 0))
 
 
-def entry_bytes(geometry: Geometry, states: int) -> int:
-    """An entry of one head and layer: a key, a value, its position and its states."""
-    return 2 * geometry.head_dim * geometry.dtype.itemsize + _POSITION_BYTES + states * _STATE_BYTES
+def plain_bytes(entries: float, geometry: Geometry) -> float:
+    """What `entries` entries a head and layer take without states and unquantised."""
+    per_entry = 2 * geometry.head_dim * geometry.dtype.itemsize + _POSITION_BYTES
+    return entries * geometry.layers * geometry.kv_heads * per_entry
 
 
-def bytes_at_rest(policy: Policy, n: int, geometry: Geometry) -> int:
-    """What a cache of `n` entries a head and layer takes under `policy`."""
-    return n * geometry.layers * geometry.kv_heads * entry_bytes(geometry, len(policy.states))
+def held_bytes(policy: Policy, n: int, packed: int, geometry: Geometry) -> int:
+    """What a cache of `n` entries a head and layer takes under `policy`, where it has quantised `packed` of
+    them: keys, values, positions and states."""
+    heads = geometry.layers * geometry.kv_heads
+    beside = _POSITION_BYTES + _STATE_BYTES * len(policy.states)
+    total = heads * (n * beside + (n - packed) * 2 * geometry.head_dim * geometry.dtype.itemsize)
+    if policy.kivi is not None and packed:
+        shapes = Packed.shapes(geometry.layers, geometry.kv_heads, packed, geometry.head_dim, policy.kivi)
+        total += sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in shapes)
+    return total
 
 
 @lru_cache(maxsize=2**16)
@@ -75,13 +85,16 @@ def footprint(policy: Policy, trace: Trace, geometry: Geometry) -> Footprint:
     if not readers:
         raise ValueError("a trace needs scored queries to average over")
     entries = total = 0.0
-    highest = peak = 0
+    highest = peak = packed = 0
     for number, (segment, (before, after)) in enumerate(zip(trace, counts(policy, trace), strict=True)):
-        held, rest = (bytes_at_rest(policy, n, geometry) for n in (before, after))
+        held = held_bytes(policy, before, packed, geometry)
+        packed = quantised(policy, before, after, packed)
+        rest = held_bytes(policy, after, packed, geometry)
         entries += segment.readers * after
         total += segment.readers * rest
         highest = max(highest, rest if segment.readers else 0)
-        peak = max(peak, held + rest if number == 0 and after < before else held)
+        moved = number == 0 and (after < before or packed)
+        peak = max(peak, held + rest if moved else held)
     return Footprint(entries / readers, total / readers, highest, peak)
 
 
@@ -103,3 +116,11 @@ def counts(policy: Policy, trace: Trace) -> Iterator[tuple[int, int]]:
             position = position.gather(-1, outcome.index.expand(1, -1))
             sampled = outcome.sampled
         yield before, position.shape[-1]
+
+
+def quantised(policy: Policy, before: int, after: int, packed: int) -> int:
+    """How many entries are quantised after a segment, where `packed` of `before` were; see `buzz.Cache`."""
+    packed = max(0, packed - (before - after))
+    if policy.kivi is None or after - packed < policy.residual + BLOCK:
+        return packed
+    return after - policy.residual

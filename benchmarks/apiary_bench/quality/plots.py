@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from apiary_bench.errors import BenchError
 from apiary_bench.quality.bench import Bench
 from apiary_bench.quality.ensemble import Ensemble
-from apiary_bench.quality.memory import generation
 from apiary_bench.quality.report import Section
-from apiary_bench.quality.run import Stage
+from apiary_bench.quality.run import Results, Stage
+from buzz import parse
 
 _INCHES = (7.0, 4.5)
 _COLUMNS = 512  # of a map: positions share one where there are more
@@ -34,7 +34,7 @@ def draw(directory: Path, bench: Bench, found: Sequence[Section]) -> list[Path]:
     pictures = {}
     for name, same in groupby(found, key=lambda section: section.results.stage.task.name):
         pictures[f"{name}.png"] = quality(list(same))
-    pictures["kept.png"] = kept(bench, found[0].results.stage)
+    pictures["kept.png"] = kept(bench, found[0].results)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, figure in pictures.items():
@@ -71,10 +71,11 @@ def quality(same: Sequence[Section]) -> Figure:
     return figure
 
 
-def kept(bench: Bench, stage: Stage) -> Figure:
+def kept(bench: Bench, results: Results) -> Figure:
     """What each policy keeps of a stage's first document when it has read it: by layer and position, the
     share of heads that keep a token."""
-    shares = kept_shares(bench, stage)
+    stage = results.stage
+    shares = kept_shares(bench, results)
     columns = 2
     rows = math.ceil(len(shares) / columns)
     figure = Figure(figsize=(_INCHES[0] * 1.6, 1.6 * rows + 0.6), layout="constrained")
@@ -89,19 +90,17 @@ def kept(bench: Bench, stage: Stage) -> Figure:
     for axes in list(panels):
         axes.set_axis_off()
     if image is not None:
-        figure.colorbar(image, ax=figure.axes, label="share of heads that keep the token")
+        figure.colorbar(image, ax=figure.axes, label="share of heads")
     figure.suptitle(f"{stage.name}: tokens kept of the first document")
     figure.supxlabel("position")
     return figure
 
 
-def kept_shares(bench: Bench, stage: Stage) -> dict[str, NDArray[np.float32]]:
+def kept_shares(bench: Bench, results: Results) -> dict[str, NDArray[np.float32]]:
     """For each policy but the full one, the share of heads that keep a token: `[layers, columns]`, where a
     column stands for one position, or the mean of several."""
-    document = stage.documents[0]
-    prompt = stage.task.prompt(document)
-    sized = bench.sized(generation(len(prompt), 1), stage.task.target(document, stage.budget))
-    policies = [each.policy for each in sized]
+    prompt = results.stage.task.prompt(results.stage.documents[0])
+    policies = [parse(outcome.policy) for outcome in results.outcomes[0]]
     ensemble = Ensemble(bench.loaded, policies, len(prompt))
     ensemble.resize(policies, 1)
     with torch.inference_mode():

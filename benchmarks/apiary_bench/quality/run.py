@@ -23,6 +23,9 @@ from apiary_server.model import attention
 from apiary_server.model.catalog import resolve
 from apiary_server.model.loader import load
 
+_LIBRARY = ("attention", "buffers", "cache", "merging", "quant", "ranking", "rotary")
+_OURS = ("bench", "ensemble", "forward", "generation", "memory", "sizing", "slab")
+
 
 class Observer(Protocol):
     """Hears how far a run is."""
@@ -71,7 +74,7 @@ def prepare(settings: Settings) -> tuple[Bench, list[Stage]]:
     torch.set_num_threads(settings.threads)
     path = resolve(settings.model)
     loaded = load(path, torch.device("cpu"), torch.float32, torch.float32)
-    bench = Bench(loaded, contenders(settings.policies, loaded.rotary.max_positions), settings.matched)
+    bench = Bench(loaded, contenders(settings.policies, loaded.rotary.max_positions), settings.match)
     model = _digest(
         [*sorted(path.glob("*.json"))], [file.stat().st_size for file in path.glob("*.safetensors")]
     )
@@ -117,18 +120,17 @@ def _key(settings: Settings, task: Task[Any], budget: Budget, bench: Bench, mode
         "task": repr(task),
         "budget": {use: getattr(budget, use) for use in sorted(task.budget)},
         "policies": [(each.label, str(each.policy)) for each in bench.contenders],
-        "matched": settings.matched,
+        "match": settings.match,
         "seed": settings.seed,
         "model": model,
         "torch": torch.__version__,
     }
     data = [settings.data / name for name in task.files]
-    library = [
-        Path(buzz.__file__).with_name(f"{name}.py") for name in ("attention", "cache", "ranking", "rotary")
-    ]
     rules = {Path(inspect.getfile(type(policy))) for policy in bench.policies}
-    ours = Path(__file__).parent.rglob("*.py")
-    code = [*library, *sorted(rules), *sorted(ours), Path(attention.__file__)]
+    library = [Path(buzz.__file__).with_name(f"{name}.py") for name in _LIBRARY]
+    ours = [Path(__file__).with_name(f"{name}.py") for name in _OURS]
+    tasks = sorted((Path(__file__).parent / "tasks").glob("*.py"))
+    code = [*sorted(rules), *library, *ours, *tasks, Path(attention.__file__)]
     return f"{task.name}-{_digest([*data, *code], asked)[:16]}"
 
 

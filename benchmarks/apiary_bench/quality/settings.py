@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import buzz
 from apiary_bench.errors import SettingsError
@@ -24,7 +25,7 @@ class Settings:
         model: a name or path.
         entries: targets of the tasks with an absolute one; `ratios`: of those relative to the prompt. Where
             both are given several values they go in pairs.
-        matched: scale policies to equal average bytes.
+        match: scale policies to equal average bytes or entries; None: run them as written.
         baseline: the policy that all are compared with.
         seed: of the bootstrap and the conversations.
         threads: of torch.
@@ -40,7 +41,7 @@ class Settings:
     model: str = "smollm2-135m"
     entries: tuple[int, ...] = (564,)
     ratios: tuple[float, ...] = (2.5,)
-    matched: bool = True
+    match: Literal["bytes", "entries"] | None = "bytes"
     baseline: str = "full"
     seed: int = 0
     threads: int = 2

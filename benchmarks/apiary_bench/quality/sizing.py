@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from apiary_bench.quality.memory import Footprint, Trace, entry_bytes, footprint
+from apiary_bench.quality.memory import Footprint, Trace, footprint, plain_bytes
 from apiary_server.sessions.pool import Geometry
 from buzz import Policy, PolicyError
 
@@ -22,7 +23,7 @@ class Sized:
     Attributes:
         policy: scaled.
         footprint: over the document's trace.
-        target_bytes: what was to be matched; None where the policy runs as written.
+        target_bytes: what its average bytes are measured by; None where it runs as written.
     """
 
     policy: Policy
@@ -30,13 +31,15 @@ class Sized:
     target_bytes: float | None
 
 
-def target_bytes(entries: float, geometry: Geometry) -> float:
-    """The bytes of `entries` entries a head and layer without states."""
-    return entries * geometry.layers * geometry.kv_heads * entry_bytes(geometry, 0)
-
-
-def fit(policy: Policy, trace: Trace, entries: float, geometry: Geometry, most: int) -> Sized:
-    """`policy.sized(bound)` with the bound, up to `most`, whose average bytes are nearest to the target.
+def fit(
+    policy: Policy,
+    trace: Trace,
+    entries: float,
+    geometry: Geometry,
+    most: int,
+    match: Literal["bytes", "entries"] = "bytes",
+) -> Sized:
+    """`policy.sized(bound)` with the bound, up to `most`, whose average is nearest to the target.
 
     A full cache is never scaled. What a bound holds on average depends on when compactions fall, and some
     rules jump over the target; the nearest bound is taken then, and the caller sees how far off it is. A
@@ -46,29 +49,33 @@ def fit(policy: Policy, trace: Trace, entries: float, geometry: Geometry, most: 
     Args:
         policy: any.
         trace: what the cache will be fed.
-        entries: the target, as entries without states.
+        entries: the target; in bytes, that of so many plain entries.
         geometry: of the model.
         most: the largest bound, from the model's positions.
+        match: what is averaged: entries count the same whether quantised or not.
 
     Raises:
         PolicyError: the policy can be scaled to no bound at all.
     """
     if not policy.evicts:
         return Sized(policy, footprint(policy, trace, geometry), None)
-    target = target_bytes(entries, geometry)
+    target = plain_bytes(entries, geometry)
     tried: dict[int, Sized] = {}
+    distance: dict[int, float] = {}
 
     def at(bound: int) -> float:
-        """Average bytes at a bound; 0 where the policy cannot be so small, infinite where it swings."""
+        """The average at a bound; 0 where the policy cannot be so small, infinite where it swings."""
         try:
             scaled = policy.sized(bound)
         except PolicyError:
             return 0.0
         held = footprint(scaled, trace, geometry)
+        average = held.bytes if match == "bytes" else plain_bytes(held.entries, geometry)
         if held.highest > _SWING * target:
             return math.inf
         tried[bound] = Sized(scaled, held, target)
-        return held.bytes
+        distance[bound] = abs(average / target - 1)
+        return average
 
     low, high = 1, min(most, sum(segment.tokens for segment in trace))
     while low < high:
@@ -78,18 +85,11 @@ def fit(policy: Policy, trace: Trace, entries: float, geometry: Geometry, most: 
         else:
             high = middle
     at(low)
-    for distance in range(1, _NEIGHBOURS + 1):
-        if any(deviation(sized) <= _CLOSE for sized in tried.values()):
+    for step in range(1, _NEIGHBOURS + 1):
+        if min(distance.values(), default=1) <= _CLOSE:
             break
-        at(max(1, low - distance))
-        at(min(most, low + distance))
+        at(max(1, low - step))
+        at(min(most, low + step))
     if not tried:
         raise PolicyError(f"{policy} cannot be scaled to hold about {entries:g} entries")
-    return min(tried.values(), key=deviation)
-
-
-def deviation(sized: Sized) -> float:
-    """How far the average bytes are from the target, relative to it."""
-    if sized.target_bytes is None:
-        return 0.0
-    return abs(sized.footprint.bytes / sized.target_bytes - 1)
+    return tried[min(tried, key=lambda bound: distance[bound])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import typer
 from rich.progress import (
@@ -66,8 +66,11 @@ def quality(
     ratio: Annotated[
         str, typer.Option(metavar="X,...", help="For summaries: times less than the prompt's tokens.")
     ] = "2.5",
+    match: Annotated[
+        str, typer.Option(metavar="bytes|entries", help="What policies have equally much of, on average.")
+    ] = "bytes",
     unmatched: Annotated[
-        bool, typer.Option("--unmatched", help="Run policies as written, not at equal average bytes.")
+        bool, typer.Option("--unmatched", help="Run policies as written, not scaled.")
     ] = False,
     baseline: Annotated[
         str, typer.Option(metavar="SPEC", help="The policy that all are compared with.")
@@ -78,7 +81,8 @@ def quality(
     """Measure what cache policies cost in quality, at equal average bytes, with 95% intervals.
 
     Each policy's sizes are scaled in proportion until the memory that it holds at rest, averaged over the
-    scored tokens, matches the target within 2%. The full cache always runs: it is the reference.
+    scored tokens, matches that of so many plain entries within 2%. The full cache always runs: it is the
+    reference.
     """
     with server_extra("bench"):
         from apiary_bench.quality import plots as pictures
@@ -96,7 +100,7 @@ def quality(
             model=model,
             entries=tuple(_numbers("--entries", entries, int)),
             ratios=tuple(_numbers("--ratio", ratio, float)),
-            matched=not unmatched,
+            match=None if unmatched else _match(match),
             baseline=baseline,
             seed=seed,
             threads=threads,
@@ -144,6 +148,14 @@ class _Bars:
         if stage not in self._bars:
             self._bars[stage] = self._progress.add_task(stage, total=total)
         self._progress.update(self._bars[stage], completed=done)
+
+
+def _match(text: str) -> Literal["bytes", "entries"]:
+    if text == "bytes":
+        return "bytes"
+    if text == "entries":
+        return "entries"
+    console.fail(f"--match takes bytes or entries, not {text!r}", code=2)
 
 
 def _listed(values: Sequence[str] | None) -> list[str]:

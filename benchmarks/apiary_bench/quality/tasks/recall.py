@@ -35,7 +35,6 @@ _VALUES = {
     "favourite drink": "tea coffee milk wine beer water cocoa cider",
 }
 _READ = "I have read it and I will remember the facts."
-_SHORT_WORDS, _LONG_WORDS = 40, 560  # filler of a later turn, and of the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +75,12 @@ class Recall(Task[Conversation]):
 
     Attributes:
         output: the most tokens of an answer.
+        first_words, later_words: of the text in the first turn, and in each other.
     """
 
     output: int = 16
+    first_words: int = 560
+    later_words: int = 40
 
     name = "recall"
     metrics = (Metric("match", "higher"), Metric("answer_nll", "lower"))
@@ -88,7 +90,7 @@ class Recall(Task[Conversation]):
 
     def documents(self, data: Path, bench: Bench, limit: int, seed: int) -> Sequence[Conversation]:
         words = _words(files.text(data, self.files[0]))
-        if len(words) < 2 * _LONG_WORDS:
+        if len(words) < 2 * self.first_words:
             raise DataError(f"{data / self.files[0]} has {len(words)} words, too few to fill conversations")
         found = [self._conversation(words, bench, seed, number) for number in range(limit)]
         longest = max(len(each.opening) + sum(len(turn.tokens) for turn in each.turns) for each in found)
@@ -117,13 +119,13 @@ class Recall(Task[Conversation]):
         listed = "\n".join(f"{what} is {value}." for what, value in facts)
         opening = (
             f"Remember these facts:\n\n{listed}\n\n"
-            f"I will ask for them later. Now read this text:\n\n{filler(_LONG_WORDS)}"
+            f"I will ask for them later. Now read this text:\n\n{filler(self.first_words)}"
         )
         turns, reply = [], ids(_READ)
         for place in random.permutation(len(facts)):
             what, value = facts[place]
             asked = (
-                f"Read this text too:\n\n{filler(_SHORT_WORDS)}\n\n"
+                f"Read this text too:\n\n{filler(self.later_words)}\n\n"
                 f"Now a question about the facts that I gave you: what is {what}?"
             )
             lead, answer = ids(f"{what} is"), ids(f" {value}")

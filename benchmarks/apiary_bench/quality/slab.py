@@ -1,0 +1,60 @@
+"""Memory for the caches of several policies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from apiary_server.model.loader import LoadedModel
+from buzz import Buffers, Policy, State
+from buzz.quant import Packed
+
+
+class Slab:
+    """Memory for several caches, with room for every state that any of the policies records, once.
+
+    States are told apart by what is recorded, not by their policies' names for them.
+    """
+
+    def __init__(self, loaded: LoadedModel, policies: Sequence[Policy], slots: int, capacity: int) -> None:
+        shape = loaded.geometry
+        flat = Buffers.empty(
+            slots * shape.layers,
+            shape.kv_heads,
+            capacity,
+            shape.head_dim,
+            shape.dtype,
+            loaded.model.device,
+            self.states(policies),
+        )
+
+        def split(tensor: Tensor) -> Tensor:
+            return tensor.view(slots, shape.layers, *tensor.shape[1:])
+
+        self._keys, self._values, self._position = map(split, (flat.keys, flat.values, flat.position))
+        self._state = {name: split(tensor) for name, tensor in flat.state.items()}
+
+    def states(self, policies: Sequence[Policy]) -> tuple[State, ...]:
+        """All that these policies record, under this slab's names."""
+        found = {_key(policy, state): state for policy in policies for state in policy.states}
+        return tuple(State(key, state.kind, state.decay) for key, state in found.items())
+
+    def memory(self, index: int | slice) -> Buffers:
+        """One slot, or several with a leading dimension; states under this slab's names."""
+        state = {name: tensor[index] for name, tensor in self._state.items()}
+        return Buffers(self._keys[index], self._values[index], self._position[index], state)
+
+    def slot(self, index: int, policy: Policy) -> Buffers:
+        """One slot, with the policy's states under the policy's names, and nothing quantised there."""
+        memory = self.memory(index)
+        state = {state.name: memory.state[_key(policy, state)] for state in policy.states}
+        packed = None
+        if policy.kivi is not None:
+            layers, kv_heads, _, head_dim = memory.keys.shape
+            packed = Packed.empty(layers, kv_heads, 0, head_dim, policy.kivi, memory.keys.device)
+        return Buffers(memory.keys, memory.values, memory.position, state, packed)
+
+
+def _key(policy: Policy, state: State) -> str:
+    return f"{state.kind} {state.decay} {policy.accumulates}"
