@@ -140,35 +140,38 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 
 def test_the_whole_step_stays_on_the_models_device(elsewhere: torch.device) -> None:
-    model = LlamaForCausalLM(tiny.config()).eval().to(elsewhere)
+    model = LlamaForCausalLM(tiny.config(head_dim=32)).eval().to(elsewhere)
     model.set_attn_implementation(NAME)
-    geometry = Geometry(2, 2, 8, torch.bfloat16)
+    geometry = Geometry(2, 2, 32, torch.bfloat16)
     specs = [
         "full(bound=20)",
         "buzz(sink=2,window=4,threshold=6)",
         "buzz(sink=2,window=4,threshold=6,log_n=8)",
     ]
     specs += ["h2o(heavy=6,recent=6,block=2)", "streaming(sink=2,window=10,block=2)"]
-    rotary = Rotary.of(8, 1024, device=elsewhere)
+    specs += ["streaming(sink=0,window=34,block=2,kivi=4,residual=0)"]
+    rotary = Rotary.of(32, 1024, device=elsewhere)
     pool = Pool(geometry, 2**20, SlotLayout(geometry, 20, True), 1, 64, elsewhere)
     sessions: list[tuple[Cache, Lease]] = []
     for spec in specs:
         policy = parse(spec)
-        lease = pool.lease(SlotLayout(geometry, 20, len(policy.states)))
+        layout = SlotLayout(geometry, 20, len(policy.states))
+        lease = pool.lease(layout if policy.kivi is None else SlotLayout.of(geometry, policy, 20))
         assert lease is not None
         sessions.append((Cache(policy, rotary, lease.buffers(policy.states)), lease))
     runner = Runner(model)
     with OneDevice():
-        for counts in ([10, 1, 3, 9, 10], [1] * 5, [1, 14, 14, 8, 8], [1] * 5):
+        for counts in ([10, 1, 3, 9, 10, 20], [1] * 5 + [12], [1, 14, 14, 8, 8, 3], [1] * 6):
             pieces = []
             for (cache, lease), count in zip(sessions, counts, strict=True):
                 cache.begin_segment(count)
                 pieces.append(Piece([5] * count, cache, lease, logits=True))
             logits = runner.run(pieces)
-            assert (logits.device, logits.shape) == (elsewhere, (5, 259))
+            assert (logits.device, logits.shape) == (elsewhere, (6, 259))
             for cache, _ in sessions:
                 cache.end_segment()
-    assert [cache.seen for cache, _ in sessions] == [13, 17, 19, 19, 20]
+    assert [cache.seen for cache, _ in sessions] == [13, 17, 19, 19, 20, 36]
+    assert sessions[5][0].packed == 30
     assert all(cache.evicted > 0 for cache, _ in sessions[1:])
 
 

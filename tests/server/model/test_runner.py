@@ -36,11 +36,20 @@ def model() -> LlamaForCausalLM:
     return model
 
 
+@pytest.fixture(scope="module")
+def wide_model() -> LlamaForCausalLM:
+    """With heads that can be quantised."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny.config(head_dim=32)).eval().double()
+    model.set_attn_implementation(NAME)
+    return model
+
+
 class Worker:
     """A pool whose unused memory is garbage, and a runner."""
 
     def __init__(self, model: LlamaForCausalLM, dtype: torch.dtype = torch.float64) -> None:
-        self.geometry = Geometry(2, 2, 8, dtype)
+        self.geometry = Geometry(2, 2, model.config.head_dim, dtype)
         self.rotary = Rotary(model.model.rotary_emb.inv_freq.detach().clone(), 1024)
         default = SlotLayout(self.geometry, CAPACITY, states=1)
         self.pool = Pool(self.geometry, 8 * 2**20, default, 3, 2 * CAPACITY, torch.device("cpu"))
@@ -50,6 +59,8 @@ class Worker:
     def session(self, policy: str, *, workspace: bool = False) -> tuple[Cache, Lease]:
         chosen = parse(policy)
         layout = SlotLayout(self.geometry, CAPACITY, len(chosen.states))
+        if chosen.kivi is not None:
+            layout = SlotLayout.of(self.geometry, chosen, CAPACITY - chosen.bound)
         lease = self.pool.lease_workspace() if workspace else self.pool.lease(layout)
         assert lease is not None
         return Cache(chosen, self.rotary, lease.buffers(chosen.states)), lease
@@ -116,6 +127,42 @@ def test_mixed_batches_equal_alone(model: LlamaForCausalLM, seed: int) -> None:
         assert cache.state() == other.state()
         kept, expected = (c.buffers.position[:, :, : c.n] for c in (cache, other))
         assert torch.equal(kept, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_quantised_sessions_in_a_batch_equal_alone(wide_model: LlamaForCausalLM, bits: int) -> None:
+    """In neighbouring slots, with other counts of entries, quantised or not, and before and after a change
+    of positions."""
+    policies = [
+        f"h2o(heavy=40,recent=40,block=8,kivi={bits},residual=16)",
+        f"buzz(sink=4,window=36,threshold=40,kivi={bits},residual=16)",
+        f"h2o(heavy=70,recent=10,block=8,kivi={bits},residual=16,positions=original)",
+    ]
+    worker, together, alone = Worker(wide_model), [], []
+    for i, policy in enumerate(policies * 2):
+        together.append((worker, worker.session(policy)))
+        own = Worker(wide_model)
+        alone.append((own, own.session(policy)))
+        for place in (worker, own):
+            place.rotary = Rotary(place.rotary.inv_freq, 150)
+        prompt = tokens_of(i, 5 + 11 * i)
+        for at, session in (together[i], alone[i]):
+            session[0].rotary = at.rotary
+            while prompt and session[0].seen < len(prompt):
+                at.step([session], [prompt[session[0].seen :][: session[0].room]])
+    pool_class = {session[1].slots.layout for _, session in together}
+    assert len(pool_class) == 1
+    runs = set()
+    for i in range(130):
+        batch = [session for _, session in together]
+        parts = [[3 + (7 * i + k) % 250] for k in range(len(batch))]
+        runs.add(tuple(cache.packed > 0 for cache, _ in batch))
+        lines = worker.step(batch, parts)
+        for line, part, (own, session), (cache, _) in zip(lines, parts, alone, batch, strict=True):
+            torch.testing.assert_close(line, own.step([session], [part])[0], atol=1e-5, rtol=0)
+            assert session[0].state() == cache.state()
+    assert len(runs) > 2
+    assert all(cache.rotated_in_cache and cache.packed for cache, _ in batch)
 
 
 def test_the_order_of_pieces_changes_nothing(model: LlamaForCausalLM) -> None:
