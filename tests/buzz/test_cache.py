@@ -25,14 +25,14 @@ SMALL = "buzz(sink=4,window=16,threshold=40,stride=5)"
     ],
     ids=str,
 )
-def test_a_thousand_steps_equal_the_naive_restatement(spec: str, shape: Shape) -> None:
+def test_many_steps_equal_the_naive_restatement(spec: str, shape: Shape) -> None:
     driver = Driver(parse(spec), shape, seed=1, slot=True)
     oracle = driver.oracle()
-    for cuts in segments(seed=2, steps=1000):
+    for cuts in segments(seed=2, steps=600):
         driver.segment(cuts, oracle)
         assert_same(driver, oracle)
         assert driver.cache.n <= driver.cache.policy.bound
-    assert driver.steps >= 1000
+    assert driver.steps >= 600
     assert driver.cache.evicted > 1000
 
 

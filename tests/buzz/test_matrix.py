@@ -25,14 +25,14 @@ SMALL = {
     ),
     "corm": ("corm(budget=40,recent=8,queries=4,block=5)",),
     "elastic": ("elastic(sink=3,heavy=35,recent=2,distance=6,block=5)",),
-    "full": ("full(bound=160)",),
+    "full": ("full(bound=120)",),
     "h2o": ("h2o(heavy=20,recent=20,block=6)",),
     "streaming": ("streaming(sink=3,window=37,block=7)",),
     "window": ("window(window=40,block=1)",),
 }
 POSITIONS = ("in_cache", "original")
 QUANT = ("none", "kivi=4,residual=3", "kivi=2,residual=3")
-TRAINED = 300  # positions of the model: with `original`, sessions change over halfway
+TRAINED = 160  # positions of the model: with `original`, sessions change over on the way
 
 matrix = pytest.mark.parametrize(
     "policy",
@@ -53,7 +53,7 @@ def shape_for(policy: Policy, layers: int = 1) -> Shape:
 
 def text(policy: Policy, seed: int, steps: int) -> list[list[int]]:
     """Segments; fewer where entries are quantised, since wider heads take longer."""
-    return segments(seed, steps if policy.kivi is None else steps // 2)
+    return segments(seed, steps if policy.kivi is None else steps // 3)
 
 
 def driver_of(policy: Policy, slot: bool = False) -> Driver:
@@ -78,7 +78,7 @@ def test_no_policy_is_left_out() -> None:
 @matrix
 def test_the_bound_holds_and_order_is_kept_at_every_rest(policy: Policy) -> None:
     driver, compactions = Driver(policy, shape_for(policy), seed=1, slot=True), 0
-    for cuts in text(policy, seed=2, steps=250):
+    for cuts in text(policy, seed=2, steps=210):
         if not fits(driver, cuts):
             continue
         compactions += driver.segment(cuts) > 0
@@ -89,14 +89,14 @@ def test_the_bound_holds_and_order_is_kept_at_every_rest(policy: Policy) -> None
         assert (positions[..., -1] == cache.seen - 1).all()
         most = cache.n if policy.kivi is None else policy.residual + BLOCK - 1
         assert cache.n - cache.packed <= most
-    assert compactions > 5 or not policy.evicts
-    assert driver.cache.rotated_in_cache == (policy.positions == "in_cache" or policy.evicts)
+    assert compactions > 2 or not policy.evicts
+    assert driver.cache.rotated_in_cache == (policy.positions == "in_cache" or driver.cache.seen > TRAINED)
 
 
 @matrix
 def test_two_runs_are_bit_equal(policy: Policy) -> None:
     one, other = driver_of(policy), driver_of(policy)
-    for cuts in text(policy, seed=3, steps=120):
+    for cuts in text(policy, seed=3, steps=90):
         if fits(one, cuts):
             one.segment(cuts)
             other.segment(cuts)
@@ -116,13 +116,13 @@ def test_the_outcome_does_not_depend_on_the_cuts(policy: Policy) -> None:
 @matrix
 def test_a_session_in_a_batch_is_the_session_alone(policy: Policy) -> None:
     shape = shape_for(policy, layers=2)
-    seeds, prompts = (5, 6, 7), (250, 1, 90) if policy.evicts else (60, 1, 90)
+    seeds, prompts = (5, 6, 7), (100, 1, 60)
     together = Together(policy, shape, seeds)
     alone = [Driver(policy, shape, seed) for seed in seeds]
     for prompt, mine, theirs in zip(prompts, together.drivers, alone, strict=True):
         mine.segment([prompt])
         theirs.segment([prompt])
-    for _ in range(30):
+    for _ in range(20):
         output = together.segment()
         for row, mine, theirs in zip(output, together.drivers, alone, strict=True):
             theirs.segment([1])
@@ -135,8 +135,8 @@ def test_a_session_in_a_batch_is_the_session_alone(policy: Policy) -> None:
 @matrix
 def test_a_session_that_was_saved_and_loaded_goes_on_as_if_it_had_not_been(policy: Policy) -> None:
     straight, loaded = driver_of(policy), driver_of(policy)
-    for i, cuts in enumerate(text(policy, seed=9, steps=180)):
-        if i in (20, 50, 90):  # before and after the changeover
+    for i, cuts in enumerate(text(policy, seed=9, steps=150)):
+        if i in (10, 30, 80):  # before and after the changeover
             memory, saved = loaded.memory(256), json.dumps(dataclasses.asdict(loaded.cache.state()))
             memory.copy_from(loaded.cache.buffers, loaded.cache.n, loaded.cache.packed)
             loaded.cache = Cache(policy, loaded.rotary, memory)
@@ -151,7 +151,7 @@ def test_a_session_that_was_saved_and_loaded_goes_on_as_if_it_had_not_been(polic
 def test_it_is_its_naive_restatement(policy: Policy) -> None:
     driver = driver_of(policy, slot=True)
     oracle = driver.oracle()
-    for cuts in text(policy, seed=10, steps=300):
+    for cuts in text(policy, seed=10, steps=270):
         if fits(driver, cuts):
             driver.segment(cuts, oracle)
             assert_same(driver, oracle)
