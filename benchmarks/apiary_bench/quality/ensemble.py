@@ -30,6 +30,7 @@ class Ensemble:
         capacity: entries of a trunk: all tokens that are fed before the last policy leaves it.
 
     Attributes:
+        loaded: the model.
         caches: one for each policy, in order.
 
     Raises:
@@ -37,7 +38,7 @@ class Ensemble:
     """
 
     def __init__(self, loaded: LoadedModel, policies: Sequence[Policy], capacity: int) -> None:
-        self._loaded = loaded
+        self.loaded = loaded
         self._capacity = capacity
         ways = [policy.log_n for policy in policies]
         stays = [policy.log_n for policy in policies if not _leaves(policy)]
@@ -67,12 +68,12 @@ class Ensemble:
             raise ValueError("caches that evicted cannot change their policies")
         for i, policy in enumerate(policies):
             state = self.caches[i].state()
-            self.caches[i] = Cache(policy, self._loaded.rotary, self.caches[i].buffers)
+            self.caches[i] = Cache(policy, self.loaded.rotary, self.caches[i].buffers)
             self.caches[i].restore(state)
         movers = [policies[i] for i in self._order]
         if movers:
             capacity = max(policy.bound for policy in movers) + slack
-            self._slots = Slab(self._loaded, movers, len(movers), capacity)
+            self._slots = Slab(self.loaded, movers, len(movers), capacity)
         self._packed = {
             i: self._packing(policy, slack) for i, policy in enumerate(policies) if policy.kivi is not None
         }
@@ -91,7 +92,7 @@ class Ensemble:
         for cache in self.caches:
             cache.begin_segment(count)
             cache.prepare(count)
-        work = Pass(self._loaded)
+        work = Pass(self.loaded)
         first: dict[int, int] = {}  # row of each policy
         for log_n, trunk in self._trunks.items():
             members = [i for i in self._in_trunk if self.caches[i].policy.log_n == log_n]
@@ -125,18 +126,28 @@ class Ensemble:
                 cache.end_segment()
 
     def step(self, tokens: Mapping[int, int], ahead: int | None = None) -> Tensor:
-        """Feed one token to each of some policies that have left the trunk, or live there for good.
+        """`step` of this ensemble alone."""
+        return step([self], [tokens], ahead)[0]
 
-        Args:
-            tokens: by policy.
-            ahead: None: each token is a segment. Else only look ahead: the token is put behind the cache's
-                entries and `ahead` earlier ones of such a look, nothing is recorded, and the cache stays
-                as it is.
+    def look(self, texts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+        """The logits that each policy gives behind each token of some texts, were they to come next. The
+        caches stay as they are.
 
         Returns:
-            Logits `[len(tokens), vocab]`, in the order of `tokens`.
+            For each policy and text `[len(text), vocab]`.
         """
-        work = Pass(self._loaded)
+        work = Pass(self.loaded)
+        for cache in self.caches:
+            for text in texts:
+                if text:
+                    cache.buffers.require(cache.n + len(text), cache.packed)
+                    work.chunk(cache.live, cache, text, ())
+        logits = work.run(range(work.rows))
+        parts = iter(logits.split([len(text) for _ in self.caches for text in texts]))
+        return [[next(parts) for _ in texts] for _ in self.caches]
+
+    def _pack(self, work: Pass, tokens: Mapping[int, int], ahead: int | None) -> list[int]:
+        """Add one token for each of some policies to a pass; returns their rows."""
         row: dict[int, int] = {}
         for i in tokens if ahead is None else ():
             self.caches[i].begin_segment(1)
@@ -150,41 +161,19 @@ class Ensemble:
             caches = [self.caches[i] for i in members]
             first = 0 if slab is not self._slots else self._order.index(members[0])
             states = slab.states([cache.policy for cache in caches]) if ahead is None else ()
-            start = work.decode(
-                slab.memory(slice(first, first + len(members))),
-                caches,
-                [tokens[i] for i in members],
-                ahead or 0,
-                states,
-            )
+            memory = slab.memory(slice(first, first + len(members)))
+            start = work.decode(memory, caches, [tokens[i] for i in members], ahead or 0, states)
             row |= {i: start + place for place, i in enumerate(members)}
-        logits = work.run([row[i] for i in tokens])
-        if ahead is None:
-            for i in tokens:
-                self.caches[i].append(1)
-                self.caches[i].end_segment()
-        return logits
+        return [row[i] for i in tokens]
 
-    def look(self, texts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-        """The logits that each policy gives behind each token of some texts, were they to come next. The
-        caches stay as they are.
-
-        Returns:
-            For each policy and text `[len(text), vocab]`.
-        """
-        work = Pass(self._loaded)
-        for cache in self.caches:
-            for text in texts:
-                if text:
-                    cache.buffers.require(cache.n + len(text), cache.packed)
-                    work.chunk(cache.live, cache, text, ())
-        logits = work.run(range(work.rows))
-        parts = iter(logits.split([len(text) for _ in self.caches for text in texts]))
-        return [[next(parts) for _ in texts] for _ in self.caches]
+    def _commit(self, tokens: Mapping[int, int]) -> None:
+        for i in tokens:
+            self.caches[i].append(1)
+            self.caches[i].end_segment()
 
     def _packing(self, policy: Policy, slack: int) -> Buffers:
         """Memory for a policy that quantises, in which no segment of `slack` tokens has to quantise early."""
-        shape = self._loaded.geometry
+        shape = self.loaded.geometry
         capacity = min(policy.bound, self._capacity) + slack
         dense = min(capacity, policy.residual + BLOCK + slack)
         return Buffers.empty(
@@ -193,7 +182,7 @@ class Ensemble:
             capacity + dense,
             shape.head_dim,
             shape.dtype,
-            self._loaded.model.device,
+            self.loaded.model.device,
             policy.states,
             policy.kivi,
             capacity,
@@ -223,6 +212,29 @@ class Ensemble:
             ]
             for _, run in itertools.groupby(numbered, key=lambda each: each[:2]):
                 yield self._slots, [i for *_, i in run]
+
+
+def step(
+    ensembles: Sequence[Ensemble], tokens: Sequence[Mapping[int, int]], ahead: int | None = None
+) -> list[Tensor]:
+    """Feed one token to each of some policies of some ensembles of one model, in one pass.
+
+    Args:
+        ensembles: at least one.
+        tokens: for each ensemble by policy; policies that have left the trunk, or live there for good.
+        ahead: None: each token is a segment. Else only look ahead: the token is put behind the cache's
+            entries and `ahead` earlier ones of such a look, nothing is recorded, and the cache stays as it
+            is.
+
+    Returns:
+        For each ensemble logits `[len(tokens), vocab]`, in the order of its tokens.
+    """
+    work = Pass(ensembles[0].loaded)
+    rows = [each._pack(work, fed, ahead) for each, fed in zip(ensembles, tokens, strict=True)]
+    logits = work.run([row for each in rows for row in each])
+    for ensemble, fed in zip(ensembles, tokens, strict=True) if ahead is None else ():
+        ensemble._commit(fed)
+    return list(logits.split([len(fed) for fed in tokens]))
 
 
 def _leaves(policy: Policy) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from apiary_bench.quality.bench import Bench
-from apiary_bench.quality.ensemble import Ensemble
+from apiary_bench.quality.ensemble import Ensemble, step
 from apiary_bench.quality.memory import generation
 from apiary_bench.quality.sizing import Sized
 
@@ -45,59 +45,99 @@ class Reading:
     sized: list[Sized]
 
 
-def read(bench: Bench, prompt: Sequence[int], output: int, entries: float, slack: int = 1) -> Reading:
-    """Read a prompt, one segment, in one pass.
+def read(
+    bench: Bench,
+    prompts: Sequence[Sequence[int]],
+    output: int,
+    targets: Sequence[float],
+    slack: int = 1,
+) -> list[Reading]:
+    """Read prompts, each one segment and in one pass, and let the full caches go on together.
 
     Args:
-        bench: the model and the policies; each is scaled for this prompt.
-        prompt: token ids.
+        bench: the model and the policies; each is scaled for each prompt.
+        prompts: token ids.
         output: the most tokens of a continuation.
-        entries: the target.
+        targets: average entries, for each prompt.
         slack: the most tokens that will be looked ahead.
     """
-    ensemble = Ensemble(bench.loaded, bench.policies, len(prompt) + max(output, slack))
-    following = [logits[0] for logits in ensemble.read(prompt, at=[len(prompt) - 1])]
-    stop = bench.loaded.eos_token_ids
-    reference = _continue(ensemble, int(following[0].argmax()), output, stop)
-    sized = bench.sized(generation(len(prompt), len(reference.tokens)), entries)
-    ensemble.resize([each.policy for each in sized], slack)
-    ensemble.end(leave=True)
-    return Reading(ensemble, following, reference, sized)
+    ensembles, following = [], []
+    for prompt in prompts:
+        ensemble = Ensemble(bench.loaded, bench.policies, len(prompt) + max(output, slack))
+        following.append([logits[0] for logits in ensemble.read(prompt, at=[len(prompt) - 1])])
+        ensembles.append(ensemble)
+    references = _continue(ensembles, [int(logits[0].argmax()) for logits in following], output)
+    readings = []
+    for prompt, entries, ensemble, next, reference in zip(
+        prompts, targets, ensembles, following, references, strict=True
+    ):
+        sized = bench.sized(generation(len(prompt), len(reference.tokens)), entries)
+        ensemble.resize([each.policy for each in sized], slack)
+        ensemble.end(leave=True)
+        readings.append(Reading(ensemble, next, reference, sized))
+    return readings
 
 
-def _continue(ensemble: Ensemble, first: int, most: int, stop: Collection[int]) -> Continuation:
-    tokens, logits = [first], []
-    while True:
-        logits.append(ensemble.step({0: tokens[-1]}, ahead=len(tokens) - 1)[0])
-        following = int(logits[-1].argmax())
-        if len(tokens) == most or following in stop:
-            return Continuation(tokens, torch.stack(logits))
-        tokens.append(following)
+def _continue(ensembles: Sequence[Ensemble], firsts: Sequence[int], most: int) -> list[Continuation]:
+    stop = ensembles[0].loaded.eos_token_ids
+    tokens = [[first] for first in firsts]
+    logits: list[list[Tensor]] = [[] for _ in firsts]
+    running = list(range(len(firsts)))
+    for ahead in range(most):
+        behind = step([ensembles[i] for i in running], [{0: tokens[i][-1]} for i in running], ahead)
+        for i, (row,) in zip(running, behind, strict=True):
+            logits[i].append(row)
+        following = {i: int(logits[i][-1].argmax()) for i in running}
+        running = [i for i in running if following[i] not in stop]
+        if not running or ahead == most - 1:
+            break
+        for i in running:
+            tokens[i].append(following[i])
+    return [Continuation(ids, torch.stack(rows)) for ids, rows in zip(tokens, logits, strict=True)]
+
+
+def answers(readings: Sequence[Reading], most: int) -> list[dict[int, list[int]]]:
+    """What each policy answers to each prompt, the full cache included; nothing where it ends at once."""
+    stop = readings[0].ensemble.loaded.eos_token_ids
+    firsts = [
+        {i: int(logits.argmax()) for i, logits in enumerate(reading.next) if i > 0} for reading in readings
+    ]
+    found = greedy([reading.ensemble for reading in readings], firsts, most)
+    for reading, answer in zip(readings, found, strict=True):
+        answer[0] = [token for token in reading.reference.tokens if token not in stop]
+    return found
 
 
 def greedy(
-    ensemble: Ensemble, first: Mapping[int, int], most: int, stop: Collection[int], *, look: bool = False
-) -> dict[int, list[int]]:
-    """Each policy's own likeliest tokens, until one that stops.
+    ensembles: Sequence[Ensemble], firsts: Sequence[Mapping[int, int]], most: int, *, look: bool = False
+) -> list[dict[int, list[int]]]:
+    """Each policy's own likeliest tokens, until one that ends an answer.
 
     Args:
-        ensemble: policies that have left their trunk.
-        first: by policy, its first token.
+        ensembles: whose policies have left their trunks.
+        firsts: for each ensemble by policy, its first token.
         most: tokens of an answer.
-        stop: tokens that end an answer and are no part of it.
         look: only look ahead: the caches stay as they are. Else each token is a segment.
+
+    Returns:
+        For each ensemble by policy, tokens; those that end an answer are no part of it.
     """
-    answers: dict[int, list[int]] = {i: [] for i in first}
-    running = dict(first)
+    stop = ensembles[0].loaded.eos_token_ids
+    found: list[dict[int, list[int]]] = [{i: [] for i in first} for first in firsts]
+    running = [dict(first) for first in firsts]
     for ahead in range(most):
-        running = {i: token for i, token in running.items() if token not in stop}
-        for i, token in running.items():
-            answers[i].append(token)
-        if not running or ahead == most - 1:
+        running = [{i: token for i, token in tokens.items() if token not in stop} for tokens in running]
+        for answer, tokens in zip(found, running, strict=True):
+            for i, token in tokens.items():
+                answer[i].append(token)
+        if not any(running) or ahead == most - 1:
             break
-        logits = ensemble.step(running, ahead if look else None)
-        running = dict(zip(running, logits.argmax(dim=-1).tolist(), strict=True))
-    return answers
+        behind = step(ensembles, running, ahead if look else None)
+        running = [
+            dict(zip(tokens, logits.argmax(dim=-1).tolist(), strict=True))
+            for tokens, logits in zip(running, behind, strict=True)
+        ]
+    return found
 
 
 def surprise(logits: Tensor, tokens: Sequence[int]) -> float:

@@ -51,6 +51,14 @@ class Journal:
         if self._handle is not None:
             self._handle.close()
 
+    def __getitem__(self, place: tuple[str, int]) -> list[Outcome]:
+        """The outcomes by key and document.
+
+        Raises:
+            KeyError: there are none.
+        """
+        return self._found[place]
+
     def get(self, key: str, document: int) -> list[Outcome] | None:
         """The outcomes of a document that an earlier run finished."""
         return self._found.get((key, document))

@@ -100,16 +100,18 @@ def run(bench: Bench, stages: Sequence[Stage], journal: Journal, observe: Observ
     results = []
     for stage in stages:
         observe(stage.name, 0, len(stage.documents))
-        outcomes = []
-        for number, document in enumerate(stage.documents):
-            done = journal.get(stage.key, number)
-            if done is None:
+        for first in range(0, len(stage.documents), stage.task.together):
+            group = range(len(stage.documents))[first : first + stage.task.together]
+            missing = [number for number in group if journal.get(stage.key, number) is None]
+            documents = [stage.documents[number] for number in missing]
+            targets = [stage.task.target(document, stage.budget) for document in documents]
+            if missing:
                 with torch.inference_mode():
-                    done = stage.task.run(document, stage.task.target(document, stage.budget), bench)
-                journal.put(stage.key, number, done)
-            outcomes.append(done)
-            observe(stage.name, number + 1, len(stage.documents))
-        results.append(Results(stage, outcomes))
+                    found = stage.task.run(documents, targets, bench)
+                for number, outcomes in zip(missing, found, strict=True):
+                    journal.put(stage.key, number, outcomes)
+            observe(stage.name, group.stop, len(stage.documents))
+        results.append(Results(stage, [journal[stage.key, number] for number in range(len(stage.documents))]))
     return results
 
 

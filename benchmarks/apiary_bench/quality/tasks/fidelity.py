@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apiary_bench.quality.bench import Bench, Budget
+from apiary_bench.quality.ensemble import step
 from apiary_bench.quality.generation import read
 from apiary_bench.quality.tasks.qa10 import QA10
 from apiary_bench.quality.tasks.summary import CNN_DM, XSUM
@@ -43,6 +44,7 @@ class Fidelity(Task[Prompt]):
     sources: tuple[Task[Any], ...] = (QA10(), XSUM, CNN_DM)
 
     name = "fidelity"
+    together = 4
     metrics = (Metric("kl", "lower", digits=4), Metric("agreement", "higher"))
     limit = 72
     files = ("qa10.jsonl", "xsum.jsonl", "cnn_dm.jsonl")
@@ -63,21 +65,28 @@ class Fidelity(Task[Prompt]):
     def target(self, document: Prompt, budget: Budget) -> float:
         return document.source.target(document.document, budget)
 
-    def run(self, document: Prompt, target: float, bench: Bench) -> list[Outcome]:
-        reading = read(bench, self.prompt(document), self.output, target)
-        others = range(1, len(reading.sized))
-        kl = torch.zeros(len(reading.sized))
-        agree = torch.zeros(len(reading.sized))
-        agree[0] = len(reading.reference.tokens)
-        for token, expected in zip(reading.reference.tokens, reading.reference.logits, strict=True):
-            if others:
-                logits = reading.ensemble.step(dict.fromkeys(others, token))
-                kl[1:] += divergence(expected, logits)
-                agree[1:] += logits.argmax(dim=-1) == expected.argmax()
-        count = len(reading.reference.tokens)
+    def run(self, documents: Sequence[Prompt], targets: Sequence[float], bench: Bench) -> list[list[Outcome]]:
+        readings = read(bench, [self.prompt(document) for document in documents], self.output, targets)
+        kl, agree = (torch.zeros(len(readings), len(bench.contenders)) for _ in range(2))
+        agree[:, 0] = 1
+        others = range(1, len(bench.contenders))
+        for place in range(self.output if others else 0):
+            running = [i for i, each in enumerate(readings) if place < len(each.reference.tokens)]
+            if not running:
+                break
+            tokens = [dict.fromkeys(others, readings[i].reference.tokens[place]) for i in running]
+            behind = step([readings[i].ensemble for i in running], tokens)
+            for i, logits in zip(running, behind, strict=True):
+                reference = readings[i].reference
+                expected, share = reference.logits[place], 1 / len(reference.tokens)
+                kl[i, 1:] += share * divergence(expected, logits)
+                agree[i, 1:] += share * (logits.argmax(dim=-1) == expected.argmax()).cpu()
         return [
-            Outcome.of(sized, sized.footprint, {"kl": float(k) / count, "agreement": float(a) / count})
-            for sized, k, a in zip(reading.sized, kl, agree, strict=True)
+            [
+                Outcome.of(sized, sized.footprint, {"kl": float(kl[i, p]), "agreement": float(agree[i, p])})
+                for p, sized in enumerate(reading.sized)
+            ]
+            for i, reading in enumerate(readings)
         ]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from apiary_bench.quality import data as files
 from apiary_bench.quality.bench import Bench, Budget
-from apiary_bench.quality.generation import greedy, read, surprise
+from apiary_bench.quality.generation import Reading, answers, read, surprise
 from apiary_bench.quality.memory import footprint, generation
 from apiary_bench.quality.tasks.task import Metric, Outcome, Task
 from apiary_server.model.types import Message, Messages, Text
@@ -52,6 +52,7 @@ class QA10(Task[Question]):
     name = "qa10"
     metrics = (Metric("match", "higher"), Metric("answer_nll", "lower"))
     limit = 60
+    together = 4
     files = ("qa10.jsonl",)
     budget = frozenset({"entries"})
 
@@ -71,10 +72,10 @@ class QA10(Task[Question]):
             message = Message(role="user", content="\n\n".join(parts))
             tokenizer = bench.loaded.tokenizer
             prompt = tokenizer.encode(Messages(messages=(message,)))
-            answers = list(dict.fromkeys(row["answers"]))
-            ids = [tokenizer.encode(Text(text=answer), first=False) for answer in answers]
+            accepted = list(dict.fromkeys(row["answers"]))
+            ids = [tokenizer.encode(Text(text=answer), first=False) for answer in accepted]
             bench.require_positions(place, len(prompt) + max(self.output, *map(len, ids)))
-            found.append(Question(prompt, answers, ids))
+            found.append(Question(prompt, accepted, ids))
         return found
 
     def prompt(self, document: Question) -> Sequence[int]:
@@ -83,34 +84,43 @@ class QA10(Task[Question]):
     def target(self, document: Question, budget: Budget) -> float:
         return budget.entries
 
-    def run(self, document: Question, target: float, bench: Bench) -> list[Outcome]:
-        loaded, texts = bench.loaded, document.answer_ids
-        reading = read(bench, document.prompt, self.output, target, slack=max(map(len, texts)))
-        looked = reading.ensemble.look([ids[:-1] for ids in texts])
-        nll = [
-            min(
-                surprise(torch.cat([first[None], rest]), ids) for ids, rest in zip(texts, behind, strict=True)
-            )
-            for first, behind in zip(reading.next, looked, strict=True)
-        ]
-        first = int(reading.next[0].argmax())
-        reference = [] if first in loaded.eos_token_ids else reading.reference.tokens
-        others = {i: int(logits.argmax()) for i, logits in enumerate(reading.next) if i > 0}
-        answers = {0: reference} | greedy(reading.ensemble, others, self.output, loaded.eos_token_ids)
+    def run(
+        self, documents: Sequence[Question], targets: Sequence[float], bench: Bench
+    ) -> list[list[Outcome]]:
+        longest = max(len(ids) for document in documents for ids in document.answer_ids)
+        prompts = [document.prompt for document in documents]
+        readings = read(bench, prompts, self.output, targets, slack=longest)
+        surprises = [_surprises(*each) for each in zip(documents, readings, strict=True)]
         outcomes = []
-        for i, sized in enumerate(reading.sized):
-            trace = generation(len(document.prompt), max(1, len(answers[i])))
-            scores = {
-                "match": float(matches(loaded.tokenizer.decode(answers[i]), document.answers)),
-                "answer_nll": nll[i],
-            }
-            outcomes.append(Outcome.of(sized, footprint(sized.policy, trace, loaded.geometry), scores))
+        for document, reading, nll, answer in zip(
+            documents, readings, surprises, answers(readings, self.output), strict=True
+        ):
+            row = []
+            for i, sized in enumerate(reading.sized):
+                output = bench.loaded.tokenizer.decode(answer[i])
+                scores = {"match": float(matches(output, document.answers)), "answer_nll": nll[i]}
+                trace = generation(len(document.prompt), max(1, len(answer[i])))
+                held = footprint(sized.policy, trace, bench.loaded.geometry)
+                row.append(Outcome.of(sized, held, scores))
+            outcomes.append(row)
         return outcomes
 
 
-def matches(output: str, answers: Sequence[str]) -> bool:
+def _surprises(document: Question, reading: Reading) -> list[float]:
+    """For each policy that of the likeliest accepted answer."""
+    looked = reading.ensemble.look([ids[:-1] for ids in document.answer_ids])
+    return [
+        min(
+            surprise(torch.cat([first[None], rest]), ids)
+            for ids, rest in zip(document.answer_ids, behind, strict=True)
+        )
+        for first, behind in zip(reading.next, looked, strict=True)
+    ]
+
+
+def matches(output: str, accepted: Sequence[str]) -> bool:
     """Whether an accepted answer is part of the output, both normalised."""
-    return any(normalise(answer) in normalise(output) for answer in answers if normalise(answer))
+    return any(normalise(answer) in normalise(output) for answer in accepted if normalise(answer))
 
 
 def normalise(text: str) -> str:

@@ -64,8 +64,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Recall(Task[Conversation]):
-    """Nine facts in turn 1, a text behind them, and one question in each of turns 2 to 10, each behind
-    another piece of text.
+    """Nine facts in turn 1, at a random place of a text, and one question in each of turns 2 to 10, each
+    behind another piece of text.
 
     Every turn's input is one segment, so compaction happens before each question is answered, and first
     before any question is known. All policies see the same conversation: history has the right answers.
@@ -117,9 +117,11 @@ class Recall(Task[Conversation]):
             for name, what in zip(names, random.permutation(list(_VALUES)), strict=False)
         ]
         listed = "\n".join(f"{what} is {value}." for what, value in facts)
+        # not always first: a rule that keeps whatever came first would win
+        before = int(random.integers(1, self.first_words))
         opening = (
-            f"Remember these facts:\n\n{listed}\n\n"
-            f"I will ask for them later. Now read this text:\n\n{filler(self.first_words)}"
+            "Read this text, and remember the facts about people that stand in it. I will ask for them later."
+            f"\n\n{filler(before)}\n\n{listed}\n\n{filler(self.first_words - before)}"
         )
         turns, reply = [], ids(_READ)
         for place in random.permutation(len(facts)):
@@ -139,7 +141,12 @@ class Recall(Task[Conversation]):
     def target(self, document: Conversation, budget: Budget) -> float:
         return budget.entries
 
-    def run(self, document: Conversation, target: float, bench: Bench) -> list[Outcome]:
+    def run(
+        self, documents: Sequence[Conversation], targets: Sequence[float], bench: Bench
+    ) -> list[list[Outcome]]:
+        return [self._run(*each, bench) for each in zip(documents, targets, strict=True)]
+
+    def _run(self, document: Conversation, target: float, bench: Bench) -> list[Outcome]:
         loaded = bench.loaded
         trace: Trace = (
             Segment(len(document.opening), 0),
@@ -160,7 +167,7 @@ class Recall(Task[Conversation]):
             for i, (behind,) in enumerate(ensemble.look([turn.lead + turn.value_ids[:-1]])):
                 nll[i] += surprise(behind[-len(turn.value_ids) :], turn.value_ids)
             first = {i: int(logits[0].argmax()) for i, logits in enumerate(following)}
-            answers = greedy(ensemble, first, self.output, loaded.eos_token_ids, look=True)
+            (answers,) = greedy([ensemble], [first], self.output, look=True)
             for i, answer in answers.items():
                 hits[i] += matches(loaded.tokenizer.decode(answer), [turn.value])
         count = len(document.turns)

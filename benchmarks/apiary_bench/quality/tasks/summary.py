@@ -11,8 +11,9 @@ from typing import Any
 
 from apiary_bench.quality import data as files
 from apiary_bench.quality.bench import Bench, Budget
-from apiary_bench.quality.generation import greedy, read
+from apiary_bench.quality.generation import answers, read
 from apiary_bench.quality.memory import footprint, generation
+from apiary_bench.quality.sizing import Sized
 from apiary_bench.quality.tasks.task import Metric, Outcome, Task
 from apiary_server.model.types import Message, Messages
 
@@ -50,6 +51,7 @@ class Summary(Task[Article]):
     files: tuple[str, ...]
 
     metrics = tuple(Metric(name, "higher", digits=2) for name in _ROUGE.values())
+    together = 4
     budget = frozenset({"ratio"})
 
     def documents(self, data: Path, bench: Bench, limit: int, seed: int) -> Sequence[Article]:
@@ -69,25 +71,21 @@ class Summary(Task[Article]):
     def target(self, document: Article, budget: Budget) -> float:
         return len(document.prompt) / budget.ratio
 
-    def run(self, document: Article, target: float, bench: Bench) -> list[Outcome]:
-        loaded = bench.loaded
-        reading = read(bench, document.prompt, self.output, target)
-        first = int(reading.next[0].argmax())
-        reference = [] if first in loaded.eos_token_ids else reading.reference.tokens
-        others = {i: int(logits.argmax()) for i, logits in enumerate(reading.next) if i > 0}
-        answers = {0: reference} | greedy(reading.ensemble, others, self.output, loaded.eos_token_ids)
-        outcomes = []
-        for i, sized in enumerate(reading.sized):
-            scores = _scorer().score(document.summary, loaded.tokenizer.decode(answers[i]))
-            trace = generation(len(document.prompt), max(1, len(answers[i])))
-            outcomes.append(
-                Outcome.of(
-                    sized,
-                    footprint(sized.policy, trace, loaded.geometry),
-                    {name: 100 * scores[key].fmeasure for key, name in _ROUGE.items()},
-                )
-            )
-        return outcomes
+    def run(
+        self, documents: Sequence[Article], targets: Sequence[float], bench: Bench
+    ) -> list[list[Outcome]]:
+        readings = read(bench, [document.prompt for document in documents], self.output, targets)
+        found = answers(readings, self.output)
+        return [
+            [self._outcome(document, sized, answer[i], bench) for i, sized in enumerate(reading.sized)]
+            for document, reading, answer in zip(documents, readings, found, strict=True)
+        ]
+
+    def _outcome(self, document: Article, sized: Sized, answer: list[int], bench: Bench) -> Outcome:
+        scores = _scorer().score(document.summary, bench.loaded.tokenizer.decode(answer))
+        trace = generation(len(document.prompt), max(1, len(answer)))
+        held = footprint(sized.policy, trace, bench.loaded.geometry)
+        return Outcome.of(sized, held, {name: 100 * scores[key].fmeasure for key, name in _ROUGE.items()})
 
 
 @cache

@@ -74,6 +74,7 @@ class Task(ABC, Generic[Document]):
         name: on the command line.
         metrics: the first is the one that policies are compared by.
         limit: documents by default.
+        together: documents that are run at once, where that saves time.
         files: of the data directory that it reads.
         budget: what of a budget counts: entries, ratio or both.
     """
@@ -81,6 +82,7 @@ class Task(ABC, Generic[Document]):
     name: str
     metrics: ClassVar[tuple[Metric, ...]]
     limit: int
+    together: ClassVar[int] = 1
     files: tuple[str, ...]
     budget: ClassVar[frozenset[Literal["entries", "ratio"]]]
 
@@ -102,9 +104,7 @@ class Task(ABC, Generic[Document]):
         """The entries that a cache without states would hold on average."""
 
     @abstractmethod
-    def run(self, document: Document, target: float, bench: Bench) -> list[Outcome]:
-        """The outcome of each policy, in the bench's order.
-
-        Raises:
-            DataError: the document is longer than the model.
-        """
+    def run(
+        self, documents: Sequence[Document], targets: Sequence[float], bench: Bench
+    ) -> list[list[Outcome]]:
+        """For each document the outcome of each policy, in the bench's order; `targets` are in entries."""

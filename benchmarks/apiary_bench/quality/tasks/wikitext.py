@@ -57,7 +57,12 @@ class WikiText(Task[list[int]]):
     def target(self, document: list[int], budget: Budget) -> float:
         return budget.entries
 
-    def run(self, document: list[int], target: float, bench: Bench) -> list[Outcome]:
+    def run(
+        self, documents: Sequence[list[int]], targets: Sequence[float], bench: Bench
+    ) -> list[list[Outcome]]:
+        return [self._run(*each, bench) for each in zip(documents, targets, strict=True)]
+
+    def _run(self, document: list[int], target: float, bench: Bench) -> list[Outcome]:
         sized = bench.sized(self._trace(), target)
         policies = [each.policy for each in sized]
         ensemble = Ensemble(bench.loaded, policies, self.length)
