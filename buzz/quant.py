@@ -54,8 +54,10 @@ def unpack(codes: Tensor, grid: Tensor, dtype: torch.dtype) -> Tensor:
     """What `pack` made of entries: `[..., head_dim]` in `dtype`, which should be at least float32."""
     bits = codes.shape[-1] * 8 // (grid.shape[-2] * GROUP)
     # a byte holds channels that are far apart, so that each bit position is one run of channels
-    planes = [codes >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
-    levels: Tensor = torch.cat(planes, dim=-1).to(dtype).unflatten(-1, (-1, GROUP))
+    planes = codes.new_empty(*codes.shape[:-1], 8 // bits, codes.shape[-1], dtype=dtype)
+    for i, shift in enumerate(range(0, 8, bits)):
+        planes[..., i, :] = codes >> shift & 2**bits - 1
+    levels: Tensor = planes.flatten(-2).unflatten(-1, (-1, GROUP))
     low, step = grid.to(dtype).unsqueeze(-2).unbind(dim=-1)
     levels.mul_(step).add_(low)  # in place: memory traffic is what it costs
     return levels.flatten(-2)
