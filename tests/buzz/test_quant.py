@@ -157,7 +157,7 @@ def test_a_large_key_channel_does_not_coarsen_the_others() -> None:
 def test_at_rest_all_but_the_residual_is_quantised_by_counts_alone(spec: str) -> None:
     session = Session(parse(spec).resolve(1000))
     policy, cache = session.policy, session.cache
-    for cuts in segments(seed=1, steps=400, longest=60):
+    for cuts in segments(seed=1, steps=250, longest=60):
         n, packed = cache.n, cache.packed
         if not policy.evicts and n + sum(cuts) > policy.bound:
             break
@@ -176,7 +176,7 @@ def test_what_was_quantised_keeps_its_codes_for_ever(spec: str) -> None:
     """Through compactions, workspaces and the change of positions, unless it was merged into."""
     session, known = Session(parse(spec).resolve(1000)), {}
     held = compared = 0
-    for cuts in segments(seed=2, steps=700, longest=120):
+    for cuts in segments(seed=2, steps=500, longest=120):
         if not session.policy.evicts and session.cache.n + sum(cuts) > session.policy.bound:
             break
         session.segment(cuts)
@@ -187,7 +187,7 @@ def test_what_was_quantised_keeps_its_codes_for_ever(spec: str) -> None:
             compared += 1
             held += now[token] == known[token]
         known |= now
-    assert compared > 20_000
+    assert compared > 10_000
     print(held, compared)
     assert held == compared
     assert session.cache.rotated_in_cache == (session.policy.evicts or "original" not in spec)
@@ -205,9 +205,11 @@ def test_what_is_read_is_what_was_given(spec: str) -> None:
         return query, key, value
 
     session.draw = remember  # type: ignore[method-assign]
-    for cuts in segments(seed=3, steps=350, longest=60):
+    for cuts in segments(seed=3, steps=250, longest=60):
         session.segment(cuts)
-    cache, bits = session.cache, session.policy.kivi
+    while not session.cache.packed:  # a compaction may have left little
+        session.segment([1])
+    cache, bits = session.cache, session.policy.kivi or 0
     step = 5 / (2**bits - 1)  # the range of 32 normal numbers is about 4.1
     read = [cache.live.read(layer, cache.n) for layer in range(2)]
     kept = session.positions()
@@ -224,7 +226,7 @@ def test_what_is_read_is_what_was_given(spec: str) -> None:
 def test_the_outcome_does_not_depend_on_the_cuts(spec: str) -> None:
     policy = parse(spec).resolve(1000)
     cut, whole = Session(policy, seed=4), Session(policy, seed=4)
-    for cuts in segments(seed=5, steps=300, longest=100):
+    for cuts in segments(seed=5, steps=160, longest=100):
         if not policy.evicts and cut.cache.n + sum(cuts) > policy.bound:
             break
         cut.segment(cuts)
@@ -237,7 +239,7 @@ def test_the_outcome_does_not_depend_on_the_cuts(spec: str) -> None:
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(prompts=st.lists(st.integers(1, 60), min_size=2, max_size=5), original=st.booleans())
 def test_a_batch_reads_what_each_session_reads_alone(prompts: list[int], original: bool) -> None:
     """Whatever the memory beyond each session's entries holds."""
