@@ -235,7 +235,9 @@ def test_expired_sessions_give_their_memory_back(engine: Engine) -> None:
 
 
 def test_idle_sessions_are_parked_under_pressure_and_come_back_unchanged(make_engine: MakeEngine) -> None:
-    engine = make_engine(start=False, cache_budget=77_824 + 4 * 14_080)  # a workspace and four slots
+    roomy = make_engine(start=False).capacity()
+    budget = roomy.workspace_bytes + 4 * roomy.slot_bytes
+    engine = make_engine(start=False, cache_budget=budget)
     assert engine.capacity().max_resident_sessions == 3
     for id in "abcdef":
         create(engine, id)
