@@ -235,7 +235,7 @@ def test_expired_sessions_give_their_memory_back(engine: Engine) -> None:
 
 
 def test_idle_sessions_are_parked_under_pressure_and_come_back_unchanged(make_engine: MakeEngine) -> None:
-    engine = make_engine(start=False, cache_budget=77_952 + 4 * 14_080)  # a workspace and four slots
+    engine = make_engine(start=False, cache_budget=86_144 + 4 * 14_080)  # a workspace and four slots
     assert engine.capacity().max_resident_sessions == 3
     for id in "abcdef":
         create(engine, id)
@@ -259,7 +259,7 @@ def test_idle_sessions_are_parked_under_pressure_and_come_back_unchanged(make_en
 
 
 def test_a_full_budget_is_a_typed_error(make_engine: MakeEngine) -> None:
-    engine = make_engine(start=False, cache_budget=77_952 + 3 * 14_080, parked_budget=0)
+    engine = make_engine(start=False, cache_budget=86_144 + 3 * 14_080, parked_budget=0)
     for id in "ab":
         create(engine, id)
         ask(engine, "hello", id)
@@ -276,7 +276,7 @@ def test_a_full_budget_is_a_typed_error(make_engine: MakeEngine) -> None:
 
 
 def test_more_turns_than_memory_wait_for_each_other(make_engine: MakeEngine) -> None:
-    engine = make_engine(start=False, cache_budget=77_952 + 4 * 14_080)
+    engine = make_engine(start=False, cache_budget=86_144 + 4 * 14_080)
     for id in "abcdefgh":
         create(engine, id)
     for _ in range(3):
@@ -304,7 +304,7 @@ def test_a_full_cache_ends_with_length_and_refuses_more(engine: Engine) -> None:
 def test_policies_that_cannot_be_served_are_refused_with_the_reason(
     make_engine: MakeEngine, policy: str
 ) -> None:
-    engine = make_engine(start=False, cache_budget=77_952 + 4 * 14_080)
+    engine = make_engine(start=False, cache_budget=86_144 + 4 * 14_080)
     with pytest.raises(errors.InvalidField) as refusal:
         engine.sessions.create("default", "a", policy, None, None, {})
     assert refusal.value.violations[0][0] == "policy"
@@ -481,7 +481,7 @@ def test_a_turn_that_nobody_can_give_a_second_slot_is_refused_and_blocks_nobody(
     make_engine: MakeEngine,
 ) -> None:
     small, large = "buzz(sink=2,window=8,threshold=20,stride=5)", "buzz(sink=2,window=60,threshold=60)"
-    engine = make_engine(start=False, cache_budget=77_952 + 8 * 14_080, parked_budget=0)
+    engine = make_engine(start=False, cache_budget=86_144 + 8 * 14_080, parked_budget=0)
     create(engine, "large", large)
     ask(engine, LONG, "large")
     for number in range(10):
