@@ -4,6 +4,7 @@ from buzz.attention import Record, attend_chunk, attend_decode
 from buzz.buffers import Buffers
 from buzz.cache import Cache, CacheState
 from buzz.policies.buzz import Buzz
+from buzz.policies.buzz2 import Buzz2
 from buzz.policies.cascade import Cascade
 from buzz.policies.corm import Corm
 from buzz.policies.elastic import Elastic
@@ -20,6 +21,7 @@ __all__ = [
     "MAX_STATES",
     "Buffers",
     "Buzz",
+    "Buzz2",
     "Cache",
     "CacheState",
     "Cascade",

@@ -263,7 +263,8 @@ class Cache:
         """Apply the rule until it is content; index is then `[L, H, m]`, and all the states are given."""
         buffers, n = self.buffers, self.n
         state = {s.name: buffers.state[s.name][:, :, :n] for s in self.policy.states}
-        view = View(self.sampled, self.seen, buffers.position[:, :, :n], state)
+        norm = self._value_norm() if self.policy.weighs_values else None
+        view = View(self.sampled, self.seen, buffers.position[:, :, :n], state, norm)
         keep, merge = view.span(0, n), None
         while self.policy.due(view.n, view.sampled):
             step = self.policy.compact(view)
@@ -278,8 +279,15 @@ class Cache:
                 merge = goal.gather(-1, past.clamp(min=0)).where(past >= 0, past)
             keep = keep.gather(-1, index)
             state = {name: step.state.get(name, old.gather(-1, index)) for name, old in view.state.items()}
-            view = View(step.sampled, self.seen, view.position.gather(-1, index), state)
+            norm = None if norm is None else norm.gather(-1, index)
+            view = View(step.sampled, self.seen, view.position.gather(-1, index), state, norm)
         return Compaction(keep, view.sampled, view.state, merge)
+
+    def _value_norm(self) -> Tensor:
+        """`[L, H, n]`; a layer at a time, like `_move`."""
+        live, n = self.live, self.n
+        layers = range(len(self.buffers.keys))
+        return torch.stack([live.read(layer, n, self._wide)[1].norm(dim=-1) for layer in layers])
 
     def _move(self, target: Buffers, packed: int, outcome: Compaction | None = None) -> None:
         """Write the entries, or the survivors of `outcome`, to `target`, the first `packed` of them packed.

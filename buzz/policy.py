@@ -56,12 +56,14 @@ class View:
         seen: tokens ever appended.
         position: int32 `[..., kv_heads, n]`, each entry's original token position.
         state: by name, `[..., kv_heads, n]`: what the policy declared in `states`.
+        value_norm: `[..., kv_heads, n]`, the Euclidean norms of the values, for a policy that `weighs_values`.
     """
 
     sampled: int
     seen: int
     position: Tensor
     state: Mapping[str, Tensor]
+    value_norm: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -113,6 +115,7 @@ class Policy(ABC):
             not fit its memory otherwise.
         name: the policy's name in specifications such as `buzz(window=300)`.
         sizes: the settings that share the bound, beside what is fixed; `sized` scales them.
+        weighs_values: whether the rule reads the norms of the values.
 
     Raises:
         PolicyError: a value has the wrong type or is out of range.
@@ -124,6 +127,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     sizes: ClassVar[tuple[str, ...]] = ()
+    weighs_values: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -8,6 +8,7 @@ from inspect import isabstract
 from typing import TypeVar
 
 from buzz.policies.buzz import Buzz
+from buzz.policies.buzz2 import Buzz2
 from buzz.policies.cascade import Cascade
 from buzz.policies.corm import Corm
 from buzz.policies.elastic import Elastic
@@ -94,5 +95,5 @@ def _value(text: str) -> object:
     return text if text[0].isalpha() or text[0] == "_" else int(text)
 
 
-for _builtin in (Buzz, Cascade, Corm, Elastic, Full, H2O, Streaming, Window):
+for _builtin in (Buzz, Buzz2, Cascade, Corm, Elastic, Full, H2O, Streaming, Window):
     register(_builtin)

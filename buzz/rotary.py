@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
+
+_REACH = 2**13  # position differences up to this are looked up: at most 16 MB for 128 dimensions in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +26,7 @@ class Rotary:
 
     inv_freq: Tensor
     max_positions: int
+    _tables: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -44,11 +48,35 @@ class Rotary:
             rounded once.
         """
         half = self.inv_freq.shape[0]
-        # a float32 angle of thousands of radians is off by 1e-4; take it wide wherever the device can
-        wide = torch.float32 if keys.device.type == "mps" else torch.float64
-        angle = delta.to(wide).unsqueeze(-1) * self.inv_freq.to(device=keys.device, dtype=wide)
         work = torch.promote_types(keys.dtype, torch.float32)
-        cos, sin = angle.cos().to(work), angle.sin().to(work)
+        cos, sin = self._turns(delta, work).split(half, dim=-1)
         first, second = keys[..., :half].to(work), keys[..., half : 2 * half].to(work)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(keys.dtype)
-        return torch.cat([turned, keys[..., 2 * half :]], dim=-1) if 2 * half < keys.shape[-1] else turned
+        turned = [(first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)]
+        return torch.cat([*(part.to(keys.dtype) for part in turned), keys[..., 2 * half :]], dim=-1)
+
+    def _turns(self, delta: Tensor, dtype: torch.dtype) -> Tensor:
+        """Cosines, and behind them sines, of the angles: `[..., n, rotary_dim]`.
+
+        They would cost more than the products, but there are few different ones: a table has them, which
+        grows to what is asked for. (Elsewhere than on a CPU they cost little, and to look at the differences
+        would make the host wait.) Threads may replace each other's tables; each reads the one it found.
+        """
+        if delta.device.type != "cpu" or delta.numel() == 0:
+            return self._computed(delta, dtype)
+        least, most = delta.aminmax()
+        reach = max(-int(least), int(most) + 1)
+        if reach > _REACH:
+            return self._computed(delta, dtype)
+        table = self._tables.get(dtype)
+        if table is None or len(table) < 2 * reach:
+            reach = 1 << (reach - 1).bit_length()
+            with torch.inference_mode(False):  # it outlives the caller's mode
+                table = self._computed(torch.arange(-reach, reach), dtype)
+            self._tables[dtype] = table
+        return embedding(delta + len(table) // 2, table)
+
+    def _computed(self, delta: Tensor, dtype: torch.dtype) -> Tensor:
+        # a float32 angle of thousands of radians is off by 1e-4; take it wide wherever the device can
+        wide = torch.float32 if delta.device.type == "mps" else torch.float64
+        angle = delta.to(wide).unsqueeze(-1) * self.inv_freq.to(device=delta.device, dtype=wide)
+        return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)

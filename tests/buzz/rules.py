@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     position: int
     key: np.ndarray  # unrotated
@@ -62,6 +62,32 @@ def best(entries: list[Entry], count: int) -> list[Entry]:
         lowest = min(entry.score for entry in kept)
         del kept[max(i for i, entry in enumerate(kept) if entry.score == lowest)]
     return kept
+
+
+def buzz2(
+    head: Head, seen: int, sink: int, window: int, hot: int, cells: int, horizon: int, block: int
+) -> None:
+    if len(head.entries) <= sink + window + hot + cells:
+        return
+    end = len(head.entries) - window
+    middle = head.entries[sink:end]
+
+    def importance(entry: Entry) -> float:
+        queries = sum((1 - 1 / horizon) ** ago for ago in range(seen - entry.position))
+        return entry.score / queries * float(entry.value @ entry.value)
+
+    def foremost(entries: list[Entry]) -> Entry:
+        return max(entries, key=importance)  # the first of equals
+
+    places = hot + cells + 1 - block
+    hottest: list[Entry] = []
+    while len(hottest) < hot * places // (hot + cells):
+        hottest.append(foremost([entry for entry in middle if entry not in hottest]))
+    others = [entry for entry in middle if entry not in hottest]
+    count = places - len(hottest)
+    cut = [others[len(others) * i // count : len(others) * (i + 1) // count] for i in range(count)]
+    kept = hottest + [foremost(cell) for cell in cut]
+    head.entries = head.entries[:sink] + [e for e in middle if e in kept] + head.entries[end:]
 
 
 def corm(head: Head, seen: int, budget: int, recent: int, queries: int, block: int) -> None:
@@ -165,5 +191,5 @@ def buzz(
 
 
 RULES: dict[str, Callable[..., None]] = {
-    rule.__name__: rule for rule in (buzz, cascade, corm, elastic, full, h2o, streaming, window)
+    rule.__name__: rule for rule in (buzz, buzz2, cascade, corm, elastic, full, h2o, streaming, window)
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from buzz import H2O, Buzz, Cascade, Corm, Elastic, Full, Streaming, Window
+from buzz import H2O, Buzz, Buzz2, Cascade, Corm, Elastic, Full, Streaming, Window
 
 modes = st.sampled_from(["in_cache", "original"])
 buzzes = st.builds(
@@ -73,5 +73,19 @@ def _elastics(draw: st.DrawFn) -> Elastic:
 
 
 elastics = _elastics()
+buzz2s = st.integers(1, 12).flatmap(
+    lambda hot: st.integers(0, 12).flatmap(
+        lambda cells: st.builds(
+            Buzz2,
+            sink=st.integers(0, 5),
+            window=st.integers(0, 8),
+            hot=st.just(hot),
+            cells=st.just(cells),
+            horizon=st.integers(2, 40),
+            block=st.integers(1, hot + cells),
+            positions=modes,
+        )
+    )
+)
 fulls = st.builds(Full, bound=st.just(200), positions=modes)
-policies = buzzes | cascades | corms | elastics | fulls | h2os | streamings | windows
+policies = buzzes | buzz2s | cascades | corms | elastics | fulls | h2os | streamings | windows

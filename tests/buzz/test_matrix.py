@@ -19,6 +19,10 @@ SMALL = {
         "buzz(sink=4,window=12,threshold=24,stride=5)",
         "buzz(sink=0,window=12,threshold=24,stride=4,accumulate=false,log_n=16)",
     ),
+    "buzz2": (
+        "buzz2(sink=3,window=7,hot=12,cells=18,horizon=9,block=6)",
+        "buzz2(sink=0,window=9,hot=0,cells=31,horizon=2,block=7)",
+    ),
     "cascade": (
         "cascade(sink=3,cascades=4,size=9,block=4)",
         "cascade(sink=4,cascades=3,size=12,halve=true,block=12)",

@@ -112,7 +112,7 @@ def counts(policy: Policy, trace: Trace) -> Iterator[tuple[int, int]]:
         before = position.shape[-1]
         while policy.due(position.shape[-1], sampled):
             zeros = {state.name: torch.zeros(position.shape, dtype=state.dtype) for state in policy.states}
-            outcome = policy.compact(View(sampled, seen, position, zeros))
+            outcome = policy.compact(View(sampled, seen, position, zeros, torch.zeros(position.shape)))
             position = position.gather(-1, outcome.index.expand(1, -1))
             sampled = outcome.sampled
         yield before, position.shape[-1]

@@ -1,0 +1,91 @@
+"""BUZZ2: the most valuable entries, and between them the best of each cell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from buzz.policy import Compaction, Policy, PolicyError, State, View
+from buzz.ranking import honeycomb
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buzz2(Policy):
+    """BUZZ's honeycomb (https://arxiv.org/abs/2410.23079) with full cells, fair scores and weighed values.
+
+    The first `sink` and last `window` entries always stay. When more than `bound = sink + window + hot +
+    cells` are held, the middle between them is compacted just as far as needed, to `block - 1` fewer than
+    fit: per KV head the `hot` most important entries stay wherever they are, and the others are cut in
+    order into as many cells of equal size as places are left, in each of which the most important stays.
+    So every region keeps somebody who remembers it. The first wins a tie.
+
+    An entry's importance is its mean weight per query times the squared norm of its value (as in VATP,
+    https://arxiv.org/abs/2406.12335): about the squared error that its loss would cause. The mean runs over
+    the queries since the entry came, so that early tokens have no advantage, and forgets: a query `horizon`
+    queries ago counts 1/e as much as the last. Scores never restart.
+
+    What differs from `buzz`, and what each difference is worth, is measured in docs/quality.md.
+
+    Attributes:
+        sink: first entries, always kept.
+        window: most recent entries, always kept.
+        hot: entries kept for their importance alone.
+        cells: entries kept as the most important of their cell.
+        horizon: queries over which the mean weight forgets; at least 2.
+        block: entries evicted at a time while decoding, from 1 to `hot + cells`; by default 32, or `hot +
+            cells` if that is less.
+    """
+
+    sink: int = 4
+    window: int = 64
+    hot: int = 330
+    cells: int = 166
+    horizon: int = 512
+    block: int = -1
+
+    name: ClassVar[str] = "buzz2"
+    sizes: ClassVar[tuple[str, ...]] = ("window", "hot", "cells")
+    weighs_values: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block == -1:
+            object.__setattr__(self, "block", max(1, min(32, self.hot + self.cells)))
+        self._check_bound()
+        if self.horizon < 2:
+            raise PolicyError(f"buzz2: horizon={self.horizon} is less than 2 queries: no score would be left")
+        if not 1 <= self.block <= self.hot + self.cells:
+            raise PolicyError(
+                f"buzz2: block={self.block} is not between 1 and hot + cells = {self.hot + self.cells}"
+            )
+
+    @property
+    def bound(self) -> int:
+        return self.sink + self.window + self.hot + self.cells
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        return (State("score", decay=1 - 1 / self.horizon),)
+
+    def due(self, n: int, sampled: int) -> bool:
+        return n > self.bound
+
+    def compact(self, view: View) -> Compaction:
+        """Keep `bound + 1 - block` entries."""
+        middle = slice(self.sink, view.n - self.window)
+        places = self.hot + self.cells + 1 - self.block
+        hot = self.hot * places // (self.hot + self.cells)
+        kept = self.sink + honeycomb(self._importance(view, middle), hot, places - hot)
+        return Compaction(torch.cat([view.span(0, self.sink), kept, view.span(middle.stop, view.n)], dim=-1))
+
+    def _importance(self, view: View, some: slice) -> Tensor:
+        """Of some of the entries, `[..., kv_heads, m]`."""
+        if view.value_norm is None:
+            raise ValueError("buzz2 weighs values, and the view has no norms of them")
+        score = view.state["score"][..., some]
+        age = (view.seen - view.position[..., some]).to(score.dtype)
+        queries = self.horizon * (1 - (1 - 1 / self.horizon) ** age)  # as they count in the fading sum
+        return score / queries * view.value_norm[..., some] ** 2
