@@ -41,7 +41,7 @@ class Rotary:
 
         Args:
             keys: floating `[..., n, head_dim]`; not changed.
-            delta: integer `[..., n]`, broadcast against the keys' leading dimensions.
+            delta: integer `[..., n]`, broadcast to the keys' leading dimensions.
 
         Returns:
             `[..., n, head_dim]` in the keys' dtype. Keys below float32 are rotated in float32, then

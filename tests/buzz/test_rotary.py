@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,3 +56,34 @@ def test_reduced_precision_rounds_once() -> None:
     keys, delta = torch.randn(100, 8).bfloat16(), torch.randint(-600, 0, (100,))
     exact = rotary.rotate(keys.double(), delta)
     torch.testing.assert_close(rotary.rotate(keys, delta), exact.to(torch.bfloat16), rtol=2**-8, atol=1e-6)
+
+
+def test_what_is_looked_up_is_what_would_be_computed() -> None:
+    """However far the differences reach, in any order, of any integer dtype, and of none."""
+    rotary = Rotary.of(16, 100_000)
+    for reach in (1, 3, 700, 8192, 8193, 90_000, 5, 2**30):
+        keys, delta = torch.randn(2, 40, 16), torch.randint(-reach, reach, (2, 40))
+        delta[0, :2] = torch.tensor([-reach, reach - 1])
+        for dtype in (torch.float32, torch.float64):
+            expected = rotate_half(keys.double(), delta, rotary.inv_freq)
+            for narrow in (delta, delta.int()):
+                moved = rotary.rotate(keys.to(dtype), narrow)
+                torch.testing.assert_close(moved.double(), expected, rtol=0, atol=1e-6)
+    assert rotary.rotate(torch.randn(2, 0, 16), torch.zeros(0, dtype=torch.int64)).shape == (2, 0, 16)
+
+
+def test_threads_and_modes_share_an_embedding() -> None:
+    rotary, keys = Rotary.of(8, 8192), torch.randn(50, 8)
+    deltas = [torch.randint(-reach, reach, (50,)) for reach in (4, 6000, 90, 2000) * 25]
+
+    def rotate(delta: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return rotary.rotate(keys, delta)
+
+    with ThreadPoolExecutor(4) as threads:
+        moved = list(threads.map(rotate, deltas))
+    for delta, got in zip(deltas, moved, strict=True):
+        assert got.equal(Rotary.of(8, 8192).rotate(keys, delta))
+    keys.requires_grad_()
+    rotary.rotate(keys, deltas[0]).square().sum().backward()  # a rotation keeps lengths
+    torch.testing.assert_close(keys.grad, 2 * keys.detach())
