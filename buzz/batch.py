@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -14,14 +14,25 @@ from buzz.attention import Record, attend_chunk, attend_decode
 from buzz.buffers import Buffers
 from buzz.cache import Cache
 from buzz.policy import Policy
+from buzz.quant import BLOCK
 from buzz.rotary import Rotary
+
+
+class _Sizes(NamedTuple):
+    """Entries of a session that memory has room for: all, those quantised, those not."""
+
+    capacity: int
+    packed: int
+    dense: int
 
 
 class Batch:
     """The caches of B sessions of one policy, in memory of its own that grows with them.
 
     At rest that is room for at most `bound + 1` entries a session. A segment that does not fit there runs in
-    a workspace with room for the entries held and the new tokens, which is freed when it ends.
+    a workspace with room for the entries held and the new tokens, which is freed when it ends. There, too,
+    what is quantised stays so, and nothing else is quantised ahead: when that happens depends on a session's
+    own counts, and not on the others of its batch.
 
     Args:
         policy: the rule; resolved.
@@ -31,21 +42,33 @@ class Batch:
 
     Attributes:
         caches: one for each session.
-        memory: layer l of session b is its layer `b * layers + l`.
+        memory: of all sessions, with a leading dimension of B.
     """
 
     def __init__(self, policy: Policy, rotary: Rotary, layers: int, like: Tensor) -> None:
         self.policy, self.rotary, self.layers = policy, rotary, layers
         self._like = like.new_empty(*like.shape[:2], 0, like.shape[3])
-        self.memory = self._empty(len(like), 0)
-        self.caches = [Cache(policy, rotary, self._of(self.memory, row)) for row in range(len(like))]
+        self.memory = self._empty(len(like), self._at_rest(0))
+        self.caches = [Cache(policy, rotary, _of(self.memory, row)) for row in range(len(like))]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the memory as it is now."""
-        memory = self.memory
-        tensors = (memory.keys, memory.values, memory.position, *memory.state.values())
-        return sum(tensor.nbytes for tensor in tensors)
+        return self.memory.nbytes
+
+    @property
+    def live(self) -> Buffers:
+        """The memory as it is used now, to read and extend by a token in each session."""
+        packed = self.memory.packed
+        if packed is None:
+            return self.memory
+        device, caches = self._like.device, self.caches
+        counts = torch.tensor([cache.packed for cache in caches], device=device)
+        changed = [cache.rotated_in_cache for cache in caches]
+        in_cache = all(changed) if len(set(changed)) == 1 else torch.tensor(changed, device=device)
+        most = max(cache.packed for cache in caches)
+        using = packed.using(counts, most, self.rotary, in_cache)
+        return replace(self.memory, packed=using)
 
     def begin(self, real: Tensor, given: Tensor) -> Step | Prompt:
         """Open a segment in each session that has tokens, and make room for them.
@@ -58,7 +81,7 @@ class Batch:
             ValueError: the tokens would get positions that the model was not trained for.
         """
         counts = real.sum(dim=1).tolist()
-        self._reserve(max(cache.n + count for cache, count in zip(self.caches, counts, strict=True)))
+        self._reserve(counts)
         for cache, count in zip(self.caches, counts, strict=True):
             if count:
                 cache.begin_segment(count)
@@ -70,45 +93,70 @@ class Batch:
     def select(self, indices: Sequence[int]) -> Self:
         """A batch of copies of these sessions."""
         twin = copy.copy(self)
-        twin.memory = self._empty(len(indices), self.memory.capacity)
+        twin.memory = self._empty(len(indices), self._at_rest(self.memory.capacity))
         twin.caches = []
         for row, index in enumerate(indices):
-            source, copied = self.caches[index], Cache(self.policy, self.rotary, self._of(twin.memory, row))
+            source, copied = self.caches[index], Cache(self.policy, self.rotary, _of(twin.memory, row))
             copied.restore(source.state())
-            copied.buffers.copy_from(source.buffers, source.n)
+            copied.buffers.copy_from(source.buffers, source.n, source.packed)
             twin.caches.append(copied)
         return twin
 
-    def _reserve(self, need: int) -> None:
-        capacity, rest = self.memory.capacity, self.policy.bound + 1
-        if need > capacity:
-            roomy = max(need, capacity + capacity // 4 + 64)
-            memory = self._empty(len(self.caches), need if need > rest else min(rest, roomy))
-            for row, cache in enumerate(self.caches):
-                cache.copy_to(self._of(memory, row))
-            self.memory = memory
+    def _reserve(self, counts: Sequence[int]) -> None:
+        """Make room for so many more tokens of each session."""
+        after = [(cache.n + count, cache.packed) for cache, count in zip(self.caches, counts, strict=True)]
+        if all(self.memory.fits(*entries) for entries in after):
+            return
+        capacity, need = self.memory.capacity, max(n for n, _ in after)
+        dense = max(n - packed for n, packed in after)
+        sizes = self._at_rest(max(need, capacity + capacity // 4 + 64))
+        if need > sizes.capacity or dense > sizes.dense:  # a workspace
+            sizes = _Sizes(need, max(packed for _, packed in after), dense)
+        memory = self._empty(len(self.caches), sizes)
+        for row, cache in enumerate(self.caches):
+            cache.copy_to(_of(memory, row))
+        self.memory = memory
 
     def _end(self, counts: Sequence[int]) -> None:
         """Count the tokens, compact, and leave the workspace."""
-        rest = self.policy.bound + 1
-        memory = self._empty(len(self.caches), rest) if self.memory.capacity > rest else None
+        rest = self._at_rest(self.memory.capacity)
+        memory = None if _sizes(self.memory) == rest else self._empty(len(self.caches), rest)
         for row, (cache, count) in enumerate(zip(self.caches, counts, strict=True)):
             cache.append(count)
-            cache.end_segment(None if memory is None else self._of(memory, row))
+            cache.end_segment(None if memory is None else _of(memory, row))
         self.memory = memory or self.memory
 
-    def _empty(self, rows: int, capacity: int) -> Buffers:
-        like, layers = self._like, rows * self.layers
-        kv_heads, head_dim = like.shape[1], like.shape[3]
-        with torch.inference_mode(False):  # else a later segment in another mode could not write to it
-            return Buffers.empty(
-                layers, kv_heads, capacity, head_dim, like.dtype, like.device, self.policy.states
-            )
+    def _at_rest(self, capacity: int) -> _Sizes:
+        """Sizes in which sessions of up to `capacity` entries rest, and grow by a token."""
+        policy = self.policy
+        capacity = min(capacity, policy.bound + 1)
+        if policy.kivi is None:
+            return _Sizes(capacity, 0, capacity)
+        packed = max(0, min(capacity, policy.bound) - policy.residual)
+        return _Sizes(capacity, packed, min(capacity, policy.residual + BLOCK))
 
-    def _of(self, memory: Buffers, row: int) -> Buffers:
-        layers = slice(row * self.layers, (row + 1) * self.layers)
-        state = {name: tensor[layers] for name, tensor in memory.state.items()}
-        return Buffers(memory.keys[layers], memory.values[layers], memory.position[layers], state)
+    def _empty(self, rows: int, sizes: _Sizes) -> Buffers:
+        like, policy, layers = self._like, self.policy, rows * self.layers
+        shape = (layers, like.shape[1], sizes.capacity, like.shape[3], like.dtype, like.device)
+        with torch.inference_mode(False):  # else a later segment in another mode could not write to it
+            memory = Buffers.empty(*shape, policy.states, policy.kivi, sizes.packed, sizes.dense)
+        return _map(memory, lambda tensor: tensor.unflatten(0, (rows, self.layers)))
+
+
+def _map(memory: Buffers, view: Callable[[Tensor], Tensor]) -> Buffers:
+    """The same memory, seen otherwise."""
+    state = {name: view(tensor) for name, tensor in memory.state.items()}
+    packed = None if memory.packed is None else memory.packed.map(view)
+    return Buffers(view(memory.keys), view(memory.values), view(memory.position), state, packed)
+
+
+def _of(memory: Buffers, row: int) -> Buffers:
+    """One session's part of a batch's memory."""
+    return _map(memory, lambda tensor: tensor[row])
+
+
+def _sizes(memory: Buffers) -> _Sizes:
+    return _Sizes(memory.capacity, 0 if memory.packed is None else memory.packed.capacity, memory.dense)
 
 
 class Step:
@@ -120,8 +168,8 @@ class Step:
         entries = [cache.n for cache in caches]
         wanted = torch.tensor([cache.next_positions(1).start for cache in caches], device=device)
         self._delta = _difference(wanted.view(-1, 1, 1), given[:, None])
+        self._live = batch.live
         self._most = max(entries) + 1
-        self._rows = torch.arange(len(caches), device=device)
         self._entries = torch.tensor(entries, device=device)
         self._seen = torch.tensor([cache.seen for cache in caches], device=device)
 
@@ -129,20 +177,18 @@ class Step:
         """Attention of a layer: queries `[B, query_heads, T, head_dim]`, keys and values
         `[B, kv_heads, T, head_dim]` to `[B, T, query_heads, head_dim]`."""
         batch, most = self._batch, self._most
-        memory, policy, layers = batch.memory, batch.policy, slice(layer, None, batch.layers)
         query, key = _move(batch.rotary, query, key, self._delta)
-        keys, values = memory.keys[layers], memory.values[layers]
-        keys[self._rows, :, self._entries] = key[:, :, 0]
-        values[self._rows, :, self._entries] = value[:, :, 0]
+        keys, values = self._live.extend_each(layer, self._entries, most, key[:, :, 0], value[:, :, 0])
+        states = [(state, self._live.state[state.name]) for state in batch.policy.states]
         output = attend_decode(
             query[:, :, 0],
-            keys[:, :, :most],
-            values[:, :, :most],
+            keys,
+            values,
             self._entries + 1,
             scale,
-            [Record(state, memory.state[state.name][layers, :, :most]) for state in policy.states],
+            [Record(state, into[:, layer, :, :most]) for state, into in states],
             self._seen,
-            policy.log_n,
+            batch.policy.log_n,
         )
         return output[:, None]
 
@@ -153,9 +199,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """One session's tokens: which columns they are, and by what to move them."""
+    """One session's tokens: which columns they are, where they go, and by what to move them."""
 
     row: int
+    live: Buffers
     count: int
     columns: slice | Tensor
     delta: Tensor | None
@@ -171,9 +218,11 @@ class Prompt:
         for row, count in enumerate(counts):
             if count:
                 columns = slice(None) if count == real.shape[1] else real[row].nonzero().flatten()
-                span = batch.caches[row].next_positions(count)
+                cache = batch.caches[row]
+                span = cache.next_positions(count)
                 wanted = torch.arange(span.start, span.stop, device=given.device)
-                self._chunks.append(_Chunk(row, count, columns, _difference(wanted, given[row, columns])))
+                delta = _difference(wanted, given[row, columns])
+                self._chunks.append(_Chunk(row, cache.live, count, columns, delta))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As `Step.attend`; zeros where there is padding."""
@@ -182,15 +231,11 @@ class Prompt:
             row, columns, cache = chunk.row, chunk.columns, self._batch.caches[chunk.row]
             queries, keys = query[row][:, columns], key[row][:, columns]
             queries, keys = _move(self._batch.rotary, queries, keys, chunk.delta)
-            buffers, end = cache.buffers, cache.n + chunk.count
-            buffers.keys[layer, :, cache.n : end] = keys
-            buffers.values[layer, :, cache.n : end] = value[row][:, columns]
             output[row, columns] = attend_chunk(
                 queries,
-                buffers.keys[layer, :, :end],
-                buffers.values[layer, :, :end],
+                *chunk.live.extend(layer, cache.n, keys, value[row][:, columns]),
                 scale,
-                cache.records(layer, end),
+                cache.records(layer, cache.n + chunk.count),
                 cache.seen,
                 cache.policy.log_n,
             ).transpose(0, 1)

@@ -26,6 +26,7 @@ from buzz.batch import Batch, Prompt, Step
 from buzz.cache import Cache
 from buzz.policies.full import Full
 from buzz.policy import Policy, PolicyError
+from buzz.quant import GROUP
 from buzz.registry import parse
 from buzz.rotary import Rotary
 
@@ -59,8 +60,10 @@ class BuzzCache(TransformersCache):
     first cache compares a few tokens with the model's own attention and positions.
 
     Memory is taken as entries come: at rest at most `bound + 1` entries a row, each of `layers * kv_heads *
-    (2 * head_dim * itemsize + 4 + 4 * states)` bytes. A forward call whose tokens do not fit there runs in a
-    workspace with room for the entries held and its tokens, which is freed when it ends.
+    (2 * head_dim * itemsize + 4 + 4 * states)` bytes. With `kivi`, `residual + 32` of them have keys and
+    values of that size, and `bound - residual` such of `2 * head_dim * (kivi + 1) / 8` bytes. A forward call
+    whose tokens do not fit there runs in a workspace with room for the entries held and its tokens, which is
+    freed when it ends.
 
     Args:
         model: a decoder with rotary positions and full attention in every layer, in `eval()` mode.
@@ -83,6 +86,14 @@ class BuzzCache(TransformersCache):
         self._config = model.config
         self._depth: int = model.config.num_hidden_layers
         self.policy = rule.resolve(self._rotary.max_positions)
+        head_dim = getattr(model.config, "head_dim", None) or (
+            model.config.hidden_size // model.config.num_attention_heads
+        )
+        if self.policy.kivi is not None and head_dim % GROUP:
+            raise UnsupportedError(
+                f"{self.policy} quantises groups of {GROUP} channels, and {type(model).__name__} has heads of "
+                f"{head_dim}; use a policy without kivi"
+            )
         self.reset()
         _adopt(model)
 

@@ -10,7 +10,7 @@ reading and quantising again gives the same codes. Keys lie unrotated, and are r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -78,7 +78,7 @@ class Packed:
         count: entries in use, of one session or int64 `[B]`.
         most: the largest count.
         rotary: rotates keys that are read; None where nothing is in use.
-        in_cache: whether to in-cache indices, else to their original positions.
+        in_cache: whether to in-cache indices, else to their original positions; of one session or bool `[B]`.
     """
 
     key_codes: Tensor
@@ -89,7 +89,7 @@ class Packed:
     count: int | Tensor = 0
     most: int = 0
     rotary: Rotary | None = None
-    in_cache: bool = True
+    in_cache: bool | Tensor = True
 
     @classmethod
     def empty(
@@ -143,11 +143,15 @@ class Packed:
         """All the memory."""
         return tuple(getattr(self, name) for name in _TENSORS)
 
+    def map(self, view: Callable[[Tensor], Tensor]) -> Self:
+        """The same memory with each tensor seen otherwise; nothing is in use."""
+        return self.of({name: view(getattr(self, name)) for name in _TENSORS})
+
     def of_sessions(self, index: int | slice) -> Self:
         """Of memory of several sessions, that of one, or of some."""
-        return self.of({name: getattr(self, name)[index] for name in _TENSORS})
+        return self.map(lambda tensor: tensor[index])
 
-    def using(self, count: int | Tensor, most: int, rotary: Rotary, in_cache: bool) -> Self:
+    def using(self, count: int | Tensor, most: int, rotary: Rotary, in_cache: bool | Tensor) -> Self:
         """The same memory with other entries in use."""
         return replace(self, count=count, most=most, rotary=rotary, in_cache=in_cache)
 
@@ -193,10 +197,10 @@ class Packed:
             channels = channels.where((self.count > 0).view(-1, 1, 1, 1), 0)
         keys, values = (unpack(code, grid, dtype) for code, grid in zip(codes, grids, strict=True))
         centre, half = channels.to(dtype).unsqueeze(-2).unbind(dim=-3)
-        if self.in_cache:
-            place = torch.arange(self.most, device=position.device)
-        else:
-            place = position[*at, :, : self.most]
+        place = position[*at, :, : self.most]
+        if self.in_cache is not False:
+            index = torch.arange(self.most, device=position.device)
+            place = index if self.in_cache is True else index.where(self.in_cache.view(-1, 1, 1), place)
         return self.rotary.rotate(keys.mul_(half).add_(centre), place), values
 
     def join(

@@ -7,9 +7,15 @@ from torch import Tensor
 
 from buzz import Cache, Rotary, parse
 from buzz.batch import Batch
-from tests.buzz.driver import Driver, Shape, assert_same
+from buzz.quant import BLOCK, GROUP
+from tests.buzz.driver import Driver, Shape, assert_same, held
 
-SHAPE = Shape(layers=3, kv_heads=2, group=2, max_positions=200)
+SHAPE = Shape(layers=3, kv_heads=2, group=2, max_positions=130)
+WIDE = Shape(layers=2, kv_heads=2, group=2, head_dim=GROUP, max_positions=130)
+QUANTISED = (
+    "h2o(heavy=20,recent=40,block=3,kivi=4,residual=8)",
+    "streaming(sink=2,window=58,block=4,kivi=2,residual=0,positions=original)",
+)
 SPECS = (
     "buzz(sink=2,window=8,threshold=12,stride=4)",
     "h2o(heavy=8,recent=10,block=3,positions=original)",
@@ -18,8 +24,9 @@ SPECS = (
 
 
 def batch_of(drivers: list[Driver]) -> Batch:
-    like = torch.empty(len(drivers), SHAPE.kv_heads, 0, SHAPE.head_dim, dtype=SHAPE.dtype)
-    return Batch(drivers[0].policy, drivers[0].rotary, SHAPE.layers, like)
+    shape = drivers[0].shape
+    like = torch.empty(len(drivers), shape.kv_heads, 0, shape.head_dim, dtype=shape.dtype)
+    return Batch(drivers[0].policy, drivers[0].rotary, shape.layers, like)
 
 
 def turned(rotary: Rotary, tensors: Tensor, position: Tensor) -> Tensor:
@@ -27,19 +34,21 @@ def turned(rotary: Rotary, tensors: Tensor, position: Tensor) -> Tensor:
     return rotary.rotate(tensors.permute(1, 2, 0, 3), position)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + QUANTISED)
 def test_sessions_of_a_batch_are_the_naive_sessions(spec: str) -> None:
     random = np.random.default_rng(1)
-    drivers = [Driver(parse(spec), SHAPE, seed=row) for row in range(3)]
+    policy = parse(spec)
+    shape = SHAPE if policy.kivi is None else WIDE
+    drivers = [Driver(policy, shape, seed=row) for row in range(3)]
     oracles = [driver.oracle() for driver in drivers]
     batch = batch_of(drivers)
-    at = torch.zeros(3, dtype=torch.int64)
+    at, mixed = torch.zeros(3, dtype=torch.int64), False
     for segment in range(150):
         columns = int(random.integers(2, 30)) if segment % 40 == 0 else 1
         real = torch.from_numpy(random.random((3, columns)) < (0.8 if segment % 7 == 0 else 1))
         given = torch.from_numpy(random.integers(0, 100, (3, columns)))  # any; the batch moves them
         held = [
-            torch.zeros(SHAPE.layers, heads, columns, SHAPE.head_dim, dtype=SHAPE.dtype)
+            torch.zeros(shape.layers, heads, columns, shape.head_dim, dtype=shape.dtype)
             for heads in (4, 2, 2)
         ]
         inputs = [torch.stack([part] * 3) for part in held]
@@ -61,8 +70,8 @@ def test_sessions_of_a_batch_are_the_naive_sessions(spec: str) -> None:
         work = batch.begin(real, given)
         outputs = torch.stack(
             [
-                work.attend(layer, *(part[:, layer] for part in inputs), SHAPE.head_dim**-0.5)
-                for layer in range(3)
+                work.attend(layer, *(part[:, layer] for part in inputs), shape.head_dim**-0.5)
+                for layer in range(shape.layers)
             ]
         )
         work.end()
@@ -73,8 +82,13 @@ def test_sessions_of_a_batch_are_the_naive_sessions(spec: str) -> None:
         for driver, oracle, cache in zip(drivers, oracles, batch.caches, strict=True):
             driver.cache = cache
             assert_same(driver, oracle)
-        assert batch.memory.capacity <= batch.policy.bound + 1
+        memory = batch.memory
+        assert memory.capacity <= policy.bound + 1
+        assert memory.dense <= (policy.bound + 1 if policy.kivi is None else policy.residual + BLOCK)
+        mixed |= len({cache.rotated_in_cache for cache in batch.caches}) == 2
     assert min(cache.evicted for cache in batch.caches) > 100
+    assert [cache.packed > 0 for cache in batch.caches] == [policy.kivi is not None] * 3
+    assert mixed == (policy.positions == "original")
 
 
 def test_memory_grows_by_steps_and_a_workspace_goes() -> None:
@@ -90,6 +104,51 @@ def test_memory_grows_by_steps_and_a_workspace_goes() -> None:
     assert batch.memory.capacity == 50
     work.end()
     assert (batch.memory.capacity, [cache.n for cache in batch.caches]) == (11, [10, 10])
+
+
+def test_quantised_entries_stay_so_in_a_workspace() -> None:
+    """Else a session's outcome would depend on whether another one of its batch needs a workspace."""
+    policy = parse("streaming(sink=4,window=200,block=8,kivi=4,residual=40)")
+    batch = Batch(policy, Rotary.of(GROUP, 400), 1, torch.zeros(2, 1, 5, GROUP))
+    random = torch.Generator().manual_seed(0)
+
+    def run(*counts: int) -> tuple[int, int, int]:
+        """The sizes of the memory in which the segment ran."""
+        columns = max(counts)
+        real = torch.arange(columns) >= columns - torch.tensor(counts).unsqueeze(1)
+        work = batch.begin(real, torch.zeros(2, columns, dtype=torch.int64))
+        memory = batch.memory
+        work.attend(0, *torch.randn(3, 2, 1, columns, GROUP, generator=random), 1.0)
+        work.end()
+        return memory.capacity, memory.packed.capacity, memory.dense
+
+    def at_rest() -> tuple[int, int, int]:
+        memory = batch.memory
+        entries = memory.capacity * 4 + memory.dense * 2 * GROUP * 4  # positions; keys and values in float32
+        few = memory.packed.capacity * 2 * (GROUP // 2 + 2 * 2)  # half a byte a channel, a minimum and a step
+        assert batch.nbytes == 2 * (entries + few + 2 * GROUP * 2)  # and the key channels' ranges
+        return memory.capacity, memory.packed.capacity, memory.dense
+
+    def packed() -> list[int]:
+        return [cache.packed for cache in batch.caches]
+
+    assert (run(60, 50), packed()) == ((64, 24, 64), [0, 0])
+    assert (run(12, 1), packed()) == ((144, 104, 72), [32, 0])
+    assert at_rest() == (144, 104, 72)
+    first = [tensor[0, :, :, :32].clone() for tensor in batch.memory.packed.tensors[:-1]]
+    assert (run(1, 60), packed()) == ((111, 32, 111), [32, 71])  # alone the first would not need it
+    assert at_rest() == (111, 71, 72)
+    assert run(0, 100) == (211, 71, 140)
+    assert packed() == [32, batch.caches[1].n - 40]
+    assert at_rest() == (205, 164, 72)
+    for tensor, codes in zip(batch.memory.packed.tensors, first, strict=False):
+        assert tensor[0, :, :, :32].equal(codes)
+    twin = batch.select([1, 0, 1])
+    assert [cache.packed for cache in twin.caches] == [packed()[i] for i in (1, 0, 1)]
+    for copied, source in zip(twin.caches, (1, 0, 1), strict=True):
+        original = batch.caches[source]
+        for mine, theirs in zip(held(copied), held(original), strict=True):
+            assert mine.equal(theirs)
 
 
 def test_a_selection_is_a_copy() -> None:
