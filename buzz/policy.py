@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -115,7 +116,6 @@ class Policy(ABC):
             not fit its memory otherwise.
         name: the policy's name in specifications such as `buzz(window=300)`.
         sizes: the settings that share the bound, beside what is fixed; `sized` scales them.
-        weighs_values: whether the rule reads the norms of the values.
 
     Raises:
         PolicyError: a value has the wrong type or is out of range.
@@ -127,7 +127,6 @@ class Policy(ABC):
 
     name: ClassVar[str]
     sizes: ClassVar[tuple[str, ...]] = ()
-    weighs_values: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -153,6 +152,11 @@ class Policy(ABC):
     def states(self) -> tuple[State, ...]:
         """What attention must record of each entry for the rule: at most `MAX_STATES`."""
         return ()
+
+    @property
+    def weighs_values(self) -> bool:
+        """Whether the rule reads the norms of the values."""
+        return False
 
     @property
     def evicts(self) -> bool:
@@ -204,23 +208,26 @@ class Policy(ABC):
 
     def __str__(self) -> str:
         """The canonical specification: sizes always, options where they differ from the default."""
-        own: list[str] = []
-        inherited: list[str] = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            common = field.name in Policy.__dataclass_fields__
-            if value != field.default or (type(field.default) is int and not common):
+        default = {field.name: field.default for field in fields(self)}
+        parts: list[str] = []
+        for name in _from_most_derived(type(self)):
+            value, size = getattr(self, name), type(default[name]) is int
+            if value != default[name] or (size and name not in Policy.__dataclass_fields__):
                 text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
-                part = inherited if common else own
-                part.append(f"{field.name}={text}")
-        settings = ",".join(own + inherited)
-        return f"{self.name}({settings})" if settings else self.name
+                parts.append(f"{name}={text}")
+        return f"{self.name}({','.join(parts)})" if parts else self.name
 
     def _check_bound(self) -> None:
         if not 1 <= self.bound <= MAX_BOUND:
             raise PolicyError(
                 f"{self.name}: a bound of {self.bound} entries is not between 1 and {MAX_BOUND}"
             )
+
+
+def _from_most_derived(policy: type[Policy]) -> list[str]:
+    """The names of all settings, a policy's own first."""
+    known = {field.name for field in fields(policy)}
+    return [name for base in policy.__mro__ for name in inspect.get_annotations(base) if name in known]
 
 
 def _conforms(value: object, hint: object) -> bool:

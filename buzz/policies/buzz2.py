@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from buzz.policy import Compaction, Policy, PolicyError, State, View
+from buzz.policies.blockwise import Blockwise
+from buzz.policy import Compaction, PolicyError, State, View
 from buzz.ranking import honeycomb
 
 
 @dataclass(frozen=True, kw_only=True)
-class Buzz2(Policy):
+class Buzz2(Blockwise):
     """BUZZ's honeycomb (https://arxiv.org/abs/2410.23079) with full cells, fair scores and weighed values.
 
     The first `sink` and last `window` entries always stay. When more than `bound = sink + window + hot +
@@ -34,58 +35,64 @@ class Buzz2(Policy):
         window: most recent entries, always kept.
         hot: entries kept for their importance alone.
         cells: entries kept as the most important of their cell.
-        horizon: queries over which the mean weight forgets; at least 2.
-        block: entries evicted at a time while decoding, from 1 to `hot + cells`; by default 32, or `hot +
-            cells` if that is less.
+        horizon: queries over which the mean weight forgets; at least 2. None: it never does.
+        mean: False takes the sum of weights instead of their mean, as `h2o` and `buzz` do.
+        values: False leaves the values out.
     """
 
     sink: int = 4
     window: int = 64
     hot: int = 330
     cells: int = 166
-    horizon: int = 512
-    block: int = -1
+    horizon: int | None = 512
+    mean: bool = True
+    values: bool = True
 
     name: ClassVar[str] = "buzz2"
     sizes: ClassVar[tuple[str, ...]] = ("window", "hot", "cells")
-    weighs_values: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block == -1:
-            object.__setattr__(self, "block", max(1, min(32, self.hot + self.cells)))
-        self._check_bound()
-        if self.horizon < 2:
+        if self.horizon is not None and self.horizon < 2:
             raise PolicyError(f"buzz2: horizon={self.horizon} is less than 2 queries: no score would be left")
-        if not 1 <= self.block <= self.hot + self.cells:
-            raise PolicyError(
-                f"buzz2: block={self.block} is not between 1 and hot + cells = {self.hot + self.cells}"
-            )
 
     @property
     def bound(self) -> int:
         return self.sink + self.window + self.hot + self.cells
 
     @property
-    def states(self) -> tuple[State, ...]:
-        return (State("score", decay=1 - 1 / self.horizon),)
+    def evictable(self) -> int:
+        return self.hot + self.cells
 
-    def due(self, n: int, sampled: int) -> bool:
-        return n > self.bound
+    @property
+    def states(self) -> tuple[State, ...]:
+        return (State("score", decay=self._decay),)
+
+    @property
+    def weighs_values(self) -> bool:
+        return self.values
 
     def compact(self, view: View) -> Compaction:
-        """Keep `bound + 1 - block` entries."""
+        """Keep `rest` entries."""
         middle = slice(self.sink, view.n - self.window)
-        places = self.hot + self.cells + 1 - self.block
+        places = self.rest - self.sink - self.window
         hot = self.hot * places // (self.hot + self.cells)
         kept = self.sink + honeycomb(self._importance(view, middle), hot, places - hot)
         return Compaction(torch.cat([view.span(0, self.sink), kept, view.span(middle.stop, view.n)], dim=-1))
 
     def _importance(self, view: View, some: slice) -> Tensor:
         """Of some of the entries, `[..., kv_heads, m]`."""
-        if view.value_norm is None:
-            raise ValueError("buzz2 weighs values, and the view has no norms of them")
-        score = view.state["score"][..., some]
-        age = (view.seen - view.position[..., some]).to(score.dtype)
-        queries = self.horizon * (1 - (1 - 1 / self.horizon) ** age)  # as they count in the fading sum
-        return score / queries * view.value_norm[..., some] ** 2
+        importance = view.state["score"][..., some]
+        if self.mean:
+            age = (view.seen - view.position[..., some]).to(importance.dtype)
+            decay = self._decay
+            importance = importance / (age if decay == 1 else (1 - decay**age) / (1 - decay))
+        if self.values:
+            if view.value_norm is None:
+                raise ValueError("buzz2 weighs values, and the view has no norms of them")
+            importance = importance * view.value_norm[..., some] ** 2
+        return importance
+
+    @property
+    def _decay(self) -> float:
+        return 1.0 if self.horizon is None else 1 - 1 / self.horizon

@@ -9,11 +9,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from buzz.policy import Compaction, Policy, PolicyError, State, View
+from buzz.policies.blockwise import Blockwise
+from buzz.policy import Compaction, PolicyError, State, View
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cascade(Policy):
+class Cascade(Blockwise):
     """Attention sinks and a cascade of buffers (Cascading KV cache, https://arxiv.org/abs/2406.17808).
 
     After the first `sink` entries come `cascades` buffers of `size` entries. Buffer 0 takes every token;
@@ -38,41 +39,34 @@ class Cascade(Policy):
         halve: True lets every buffer accept every second offer, as the authors' code does (there buffer i
             accepts when the session's length divides by 2^i, and is offered something half as often as
             the one before): then the buffers reach back 1, 2, 4, 8 times `size`, and not 1, 2, 8, 64.
-        block: entries evicted at a time while decoding, from 1 to `size`; by default 32, or `size` if that
-            is less.
     """
 
     sink: int = 64
     cascades: int = 4
     size: int = 125
     halve: bool = False
-    block: int = -1
 
     name: ClassVar[str] = "cascade"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block == -1:
-            object.__setattr__(self, "block", max(1, min(32, self.size)))
         if not 1 <= self.cascades <= 16:
             raise PolicyError(f"cascade: cascades={self.cascades} is not between 1 and 16")
-        self._check_bound()
-        if not 1 <= self.block <= self.size:
-            raise PolicyError(f"cascade: block={self.block} is not between 1 and size={self.size}")
 
     @property
     def bound(self) -> int:
         return self.sink + self.cascades * self.size
 
     @property
+    def evictable(self) -> int:
+        return self.size
+
+    @property
     def states(self) -> tuple[State, ...]:
         return (State("score", decay=0.9999999),)
 
-    def due(self, n: int, sampled: int) -> bool:
-        return n > self.bound
-
     def compact(self, view: View) -> Compaction:
-        """Evict from buffer 0, and pass on from buffer to buffer: `bound + 1 - block` entries stay."""
+        """Evict from buffer 0, and pass on from buffer to buffer: `rest` entries stay."""
         start, end = self.bound - self.size, view.n - (self.size + 1 - self.block)
         offers, before = view.span(start, end), view.seen - view.n  # and offers made earlier
         kept = [view.span(end, view.n)]

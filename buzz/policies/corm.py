@@ -7,12 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from buzz.policy import Compaction, Policy, PolicyError, State, View
+from buzz.policies.blockwise import Blockwise
+from buzz.policy import Compaction, PolicyError, State, View
 from buzz.ranking import top
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corm(Policy):
+class Corm(Blockwise):
     """Cache optimisation with recent messages (CORM, https://arxiv.org/abs/2404.15949).
 
     A key matters to a query if its weight is at least the query's mean weight (one over the keys in view),
@@ -30,45 +31,36 @@ class Corm(Policy):
         budget: most entries.
         recent: most recent entries, always kept.
         queries: how many of the last queries are asked, w in the paper; at least 1.
-        block: entries evicted at a time while decoding, from 1 to `budget - recent`; by default 32, or
-            that if it is less.
     """
 
     budget: int = 564
     recent: int = 64
     queries: int = 64
-    block: int = -1
 
     name: ClassVar[str] = "corm"
     sizes: ClassVar[tuple[str, ...]] = ("budget",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block == -1:
-            object.__setattr__(self, "block", max(1, min(32, self.budget - self.recent)))
-        self._check_bound()
         if self.queries < 1:
             raise PolicyError("corm: queries=0 leaves no query to which an entry could matter")
-        if not 1 <= self.block <= self.budget - self.recent:
-            raise PolicyError(
-                f"corm: block={self.block} is not between 1 and budget - recent={self.budget - self.recent}"
-            )
 
     @property
     def bound(self) -> int:
         return self.budget
 
     @property
+    def evictable(self) -> int:
+        return self.budget - self.recent
+
+    @property
     def states(self) -> tuple[State, ...]:
         return (State("score"), State("vote", "vote"))
 
-    def due(self, n: int, sampled: int) -> bool:
-        return n > self.bound
-
     def compact(self, view: View) -> Compaction:
-        """Keep what is recent and what mattered: `bound + 1 - block` entries."""
+        """Keep what is recent and what mattered: `rest` entries."""
         older = view.n - self.recent
         mattered = view.state["vote"][..., :older] >= view.seen - self.queries
-        count = self.bound + 1 - self.block - self.recent
+        count = self.rest - self.recent
         kept = top(view.state["score"][..., :older], count, preferred=mattered)
         return Compaction(torch.cat([kept, view.span(older, view.n)], dim=-1))

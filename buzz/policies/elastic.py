@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from buzz.policy import Compaction, Policy, PolicyError, State, View
+from buzz.policies.blockwise import Blockwise
+from buzz.policy import Compaction, State, View
 from buzz.ranking import top
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elastic(Policy):
+class Elastic(Blockwise):
     """Merging after a prompt, a fixed point of elimination while decoding (Elastic Cache, https://arxiv.org/abs/2407.18121).
 
     Due when more than `bound = sink + heavy + recent` entries are held; then `bound + 1 - block` stay. A
@@ -36,44 +37,30 @@ class Elastic(Policy):
         heavy: most entries kept by score at the bound.
         recent: most recent entries that a prompt's compaction keeps; 1 in the paper.
         distance: most recent entries that decoding keeps.
-        block: entries evicted at a time while decoding, from 1 to `heavy`, and so that the sinks stay
-            (`block + distance` at most `heavy + recent + 1`); by default 32, or what fits.
     """
 
     sink: int = 4
     heavy: int = 559
     recent: int = 1
     distance: int = 25
-    block: int = -1
 
     name: ClassVar[str] = "elastic"
     sizes: ClassVar[tuple[str, ...]] = ("heavy",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        most = min(self.heavy, self.heavy + self.recent + 1 - self.distance)
-        if self.block == -1:
-            object.__setattr__(self, "block", max(1, min(32, most)))
-        self._check_bound()
-        if not 1 <= self.block <= most:
-            raise PolicyError(
-                f"elastic: block={self.block} is not between 1 and {most}, the lesser of heavy={self.heavy} "
-                f"and heavy + recent + 1 - distance={self.heavy + self.recent + 1 - self.distance}"
-            )
 
     @property
     def bound(self) -> int:
         return self.sink + self.heavy + self.recent
 
     @property
+    def evictable(self) -> int:
+        return min(self.heavy, self.heavy + self.recent + 1 - self.distance)
+
+    @property
     def states(self) -> tuple[State, ...]:
         return (State("score"),)
 
-    def due(self, n: int, sampled: int) -> bool:
-        return n > self.bound
-
     def compact(self, view: View) -> Compaction:
-        """Merge, or drop at the fixed point: `bound + 1 - block` entries stay."""
+        """Merge, or drop at the fixed point: `rest` entries stay."""
         if view.n == self.bound + 1:
             end = view.n - self.distance
             return Compaction(torch.cat([view.span(0, end - self.block), view.span(end, view.n)], dim=-1))

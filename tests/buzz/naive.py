@@ -96,7 +96,8 @@ class Session:
     @property
     def decay(self) -> float:
         if self.rule == "buzz2":
-            return 1 - 1 / int(self.settings["horizon"])
+            horizon = self.settings["horizon"]
+            return 1.0 if horizon is None else 1 - 1 / int(horizon)
         return 0.9999999 if self.rule == "cascade" else 1.0
 
     def attend(self, query: np.ndarray, entries: list[Entry]) -> tuple[np.ndarray, np.ndarray]:

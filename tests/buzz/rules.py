@@ -65,7 +65,16 @@ def best(entries: list[Entry], count: int) -> list[Entry]:
 
 
 def buzz2(
-    head: Head, seen: int, sink: int, window: int, hot: int, cells: int, horizon: int, block: int
+    head: Head,
+    seen: int,
+    sink: int,
+    window: int,
+    hot: int,
+    cells: int,
+    horizon: int | None,
+    mean: bool,
+    values: bool,
+    block: int,
 ) -> None:
     if len(head.entries) <= sink + window + hot + cells:
         return
@@ -73,8 +82,9 @@ def buzz2(
     middle = head.entries[sink:end]
 
     def importance(entry: Entry) -> float:
-        queries = sum((1 - 1 / horizon) ** ago for ago in range(seen - entry.position))
-        return entry.score / queries * float(entry.value @ entry.value)
+        decay = 1.0 if horizon is None else 1 - 1 / horizon
+        queries = sum(decay**ago for ago in range(seen - entry.position)) if mean else 1.0
+        return entry.score / queries * (float(entry.value @ entry.value) if values else 1.0)
 
     def foremost(entries: list[Entry]) -> Entry:
         return max(entries, key=importance)  # the first of equals

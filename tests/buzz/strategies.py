@@ -81,7 +81,9 @@ buzz2s = st.integers(1, 12).flatmap(
             window=st.integers(0, 8),
             hot=st.just(hot),
             cells=st.just(cells),
-            horizon=st.integers(2, 40),
+            horizon=st.none() | st.integers(2, 40),
+            mean=st.booleans(),
+            values=st.booleans(),
             block=st.integers(1, hot + cells),
             positions=modes,
         )

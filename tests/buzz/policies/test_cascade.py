@@ -77,8 +77,8 @@ def test_another_bound_is_shared_by_the_buffers_and_the_rest_are_sinks() -> None
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"block": 0}, "block=0 is not between 1 and size=5"),
-        ({"block": 6}, "block=6 is not between 1 and size=5"),
+        ({"block": 0}, "block=0 is not between 1 and the 5 entries"),
+        ({"block": 6}, "block=6 is not between 1 and the 5 entries"),
         ({"size": 0}, "is not between 1 and"),
         ({"cascades": 0}, "cascades=0 is not between 1 and 16"),
         ({"cascades": 17}, "cascades=17 is not between 1 and 16"),
