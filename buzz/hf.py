@@ -91,8 +91,8 @@ class BuzzCache(TransformersCache):
         )
         if self.policy.kivi is not None and head_dim % GROUP:
             raise UnsupportedError(
-                f"{self.policy} quantises in groups of {GROUP} channels, and {type(model).__name__} has heads "
-                f"of {head_dim}; use a policy without kivi"
+                f"{self.policy} quantises in groups of {GROUP} channels, and {type(model).__name__} has "
+                f"heads of {head_dim}; use a policy without kivi"
             )
         self.reset()
         _adopt(model)
