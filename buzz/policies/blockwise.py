@@ -36,7 +36,7 @@ class Blockwise(Policy):
         self._check_bound()
         if not 1 <= self.block <= self.evictable:
             raise PolicyError(
-                f"{self.name}: block={self.block} is not between 1 and the {self.evictable} entries that may go"
+                f"{self.name}: block={self.block} is not between 1 and {self.evictable}, as many as may go"
             )
 
     @property

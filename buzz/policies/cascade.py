@@ -82,13 +82,15 @@ class Cascade(Blockwise):
         return Compaction(torch.cat(kept[::-1], dim=-1))
 
     def sized(self, bound: int) -> Self:
-        """This policy at another bound: the buffers share it, and the sinks take what does not divide.
+        """This policy at another bound: the buffers share it, and the sinks take what does not divide; at a
+        smaller one they shrink as well.
 
         Raises:
             PolicyError: nothing is left for the buffers.
         """
-        size, rest = divmod(bound - self.sink, self.cascades)
-        return dataclasses.replace(self, size=size, sink=self.sink + rest, block=min(self.block, size))
+        sink = min(self.sink, self.sink * bound // self.bound)
+        size, rest = divmod(bound - sink, self.cascades)
+        return dataclasses.replace(self, size=size, sink=sink + rest, block=min(self.block, size))
 
     @staticmethod
     def _best(view: View, offers: Tensor, every: int, before: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -38,7 +39,6 @@ class Corm(Blockwise):
     queries: int = 64
 
     name: ClassVar[str] = "corm"
-    sizes: ClassVar[tuple[str, ...]] = ("budget",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +56,16 @@ class Corm(Blockwise):
     @property
     def states(self) -> tuple[State, ...]:
         return (State("score"), State("vote", "vote"))
+
+    def sized(self, bound: int) -> Self:
+        """This policy at another bound: the recent entries keep their share.
+
+        Raises:
+            PolicyError: nothing is left beside them.
+        """
+        recent = self.recent * bound // self.budget
+        block = max(1, min(self.block, bound - recent))
+        return dataclasses.replace(self, budget=bound, recent=recent, block=block)
 
     def compact(self, view: View) -> Compaction:
         """Keep what is recent and what mattered: `rest` entries."""

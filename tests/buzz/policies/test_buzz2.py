@@ -68,8 +68,8 @@ def test_defaults() -> None:
     ("settings", "reason"),
     [
         ({"horizon": 1}, "horizon=1 is less than 2"),
-        ({"hot": 0, "cells": 0}, "block=1 is not between 1 and the 0"),
-        ({"hot": 3, "cells": 3, "block": 7}, "block=7 is not between 1 and the 6"),
+        ({"hot": 0, "cells": 0}, "block=1 is not between 1 and 0"),
+        ({"hot": 3, "cells": 3, "block": 7}, "block=7 is not between 1 and 6"),
         ({"sink": 0, "window": 0, "hot": 0, "cells": 0}, "a bound of 0"),
     ],
 )

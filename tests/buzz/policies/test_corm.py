@@ -47,9 +47,9 @@ def test_a_block_goes_when_one_entry_is_too_many() -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"block": 0}, "block=0 is not between 1 and the 6 entries"),
-        ({"block": 7}, "block=7 is not between 1 and the 6 entries"),
-        ({"recent": 8}, "is not between 1 and the 0 entries"),
+        ({"block": 0}, "block=0 is not between 1 and 6"),
+        ({"block": 7}, "block=7 is not between 1 and 6"),
+        ({"recent": 8}, "is not between 1 and 0"),
         ({"queries": 0}, "queries=0 leaves no query"),
         ({"budget": 0, "recent": 0}, "a bound of 0 entries"),
         ({"budget": "8"}, "budget must be an integer, not '8'"),

@@ -45,10 +45,10 @@ def test_defaults_are_the_authors_distance_and_last_token() -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"block": 0}, "block=0 is not between 1 and the 6"),
-        ({"block": 7}, "block=7 is not between 1 and the 6"),
-        ({"block": 4, "distance": 6}, "block=4 is not between 1 and the 3"),
-        ({"heavy": 0}, "is not between 1 and the 0"),
+        ({"block": 0}, "block=0 is not between 1 and 6"),
+        ({"block": 7}, "block=7 is not between 1 and 6"),
+        ({"block": 4, "distance": 6}, "block=4 is not between 1 and 3"),
+        ({"heavy": 0}, "is not between 1 and 0"),
         ({"sink": -1}, "sink=-1 is not between 0 and"),
         ({"heavy": "x"}, "heavy must be an integer, not 'x'"),
     ],
