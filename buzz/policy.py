@@ -225,9 +225,10 @@ class Policy(ABC):
 
 
 def _from_most_derived(policy: type[Policy]) -> list[str]:
-    """The names of all settings, a policy's own first."""
+    """The names of all settings, a policy's own first and those of every policy last."""
     known = {field.name for field in fields(policy)}
-    return [name for base in policy.__mro__ for name in inspect.get_annotations(base) if name in known]
+    names = (name for base in policy.__mro__ for name in inspect.get_annotations(base) if name in known)
+    return sorted(dict.fromkeys(names), key=lambda name: name in Policy.__dataclass_fields__)
 
 
 def _conforms(value: object, hint: object) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from buzz.policies.blockwise import Blockwise
-from buzz.policy import Compaction, PolicyError, State, View
+from buzz.policy import Compaction, PolicyError, Positions, State, View
 from buzz.ranking import honeycomb
 
 
@@ -31,6 +31,7 @@ class Buzz2(Blockwise):
     What differs from `buzz`, and what each difference is worth, is measured in docs/quality.md.
 
     Attributes:
+        positions: `original` by default: documents that are compacted once keep more of their meaning.
         sink: first entries, always kept.
         window: most recent entries, always kept.
         hot: entries kept for their importance alone.
@@ -40,6 +41,7 @@ class Buzz2(Blockwise):
         values: False leaves the values out.
     """
 
+    positions: Positions = "original"
     sink: int = 4
     window: int = 64
     hot: int = 330
