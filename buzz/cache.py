@@ -54,8 +54,8 @@ class Cache:
     often as its index, which is why `block` matters there most.
 
     A policy with `kivi` has all but its most recent entries quantised, whenever a segment ends; how many
-    depends on counts alone, and on which segments went through a workspace. What was quantised once keeps its codes: survivors are read, chosen and
-    quantised again without loss (see `buzz.quant`).
+    depends on counts, and on which segments went through a workspace. What was quantised once keeps its
+    codes: survivors are read, chosen and quantised again without loss (see `buzz.quant`).
 
     Attributes:
         policy: the rule; a `full` policy should be resolved.
