@@ -40,6 +40,10 @@ serve: model ## Start a worker on 127.0.0.1:50051; flags in ARGS
 bench: model ## Measure the bare engine's tokens per second; flags in ARGS (--help lists them)
 	@$(bin)/python benchmarks/engine.py --model $(MODEL) $(ARGS)
 
+.PHONY: bench-policies
+bench-policies: model ## Measure what each cache policy costs of a decode step; flags in ARGS
+	@$(bin)/python benchmarks/policies.py --model $(MODEL) $(ARGS)
+
 .PHONY: bench-quality
 bench-quality: model ## Measure what cache policies cost in quality on the evaluation files in DATA; flags in ARGS
 	@$(bin)/apiary bench quality --model $(MODEL) --data $(DATA) $(ARGS)
