@@ -122,6 +122,8 @@ def test_ctrl_c_deletes_the_session(
         stderr=subprocess.PIPE,
         env=environment,
         text=True,
+        # who runs the tests in the background has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdin is not None
     assert process.stdout is not None
