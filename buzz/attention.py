@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from buzz.policy import State
 
@@ -98,6 +99,7 @@ def attend_decode(
     """Attention of one new token in each of B sessions to that session's cache, itself included.
 
     Keys and values are read where they lie, at any stride: a batch over slots of a pool is not copied.
+    Where nothing is recorded, torch's fused kernel does it.
     Memory beyond a row's length may hold anything, NaN included; what is recorded there means nothing.
 
     Args:
@@ -117,36 +119,41 @@ def attend_decode(
     batch, query_heads, head_dim = query.shape
     kv_heads, n = keys.shape[1:3]
     compute, wide = _dtypes(query, keys)
-    grouped = (
-        _scaled(query, scale, lengths.unsqueeze(1), log_n, wide)
-        .to(compute)
-        .view(batch, kv_heads, -1, head_dim)
-    )
+    scaled = _scaled(query, scale, lengths.unsqueeze(1), log_n, wide).to(compute)
+    grouped = scaled.view(batch, kv_heads, -1, head_dim)
     beyond = (torch.arange(n, device=query.device) >= lengths.unsqueeze(1)).view(batch, 1, 1, n)
-    # Strides of batch and heads cannot be merged, so one is looped over (the shorter) and comes first.
-    swap = kv_heads < batch
-    if swap:
-        grouped, keys, values, beyond = (t.transpose(0, 1) for t in (grouped, keys, values, beyond))
-    logits = torch.empty(*grouped.shape[:3], n, dtype=compute, device=query.device)
-    for q, k, out in zip(grouped, keys, logits, strict=True):
-        torch.bmm(q, k.to(compute).transpose(1, 2), out=out)
-    weights = logits.to(wide).masked_fill_(beyond, float("-inf")).softmax(dim=-1)
-    for record in records:
-        by_row = weights.transpose(0, 1) if swap else weights
-        if record.state.kind == "mass":
-            _add_mass(record.into, by_row.unsqueeze(3), record.state.decay)
-        elif seen is not None:
-            _vote(record.into, by_row.unsqueeze(3), lengths.view(-1, 1, 1, 1, 1), seen.view(-1, 1, 1))
-        else:
-            raise ValueError("votes need the tokens seen before")
-    weights = weights.to(compute)
-    output = torch.empty(grouped.shape, dtype=compute, device=query.device)
-    for w, v, out in zip(weights, values, output, strict=True):
-        torch.bmm(w, v.to(compute), out=out)
-    if swap:
-        output, weights, values = (t.transpose(0, 1) for t in (output, weights, values))
-    _forget_garbage(output, weights, values, lengths)
+    if records or keys.dtype != compute:
+        output, weights = _weighed(grouped, keys, values, beyond, wide)
+        for record in records:
+            if record.state.kind == "mass":
+                _add_mass(record.into, weights.unsqueeze(3), record.state.decay)
+            elif seen is not None:
+                _vote(record.into, weights.unsqueeze(3), lengths.view(-1, 1, 1, 1, 1), seen.view(-1, 1, 1))
+            else:
+                raise ValueError("votes need the tokens seen before")
+    else:
+        mask = torch.zeros_like(beyond, dtype=compute).masked_fill_(beyond, float("-inf"))
+        output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=1.0)
+    _forget_garbage(output, grouped, keys, values, lengths)
     return output.reshape(batch, query_heads, head_dim).to(query.dtype)
+
+
+def _weighed(
+    queries: Tensor, keys: Tensor, values: Tensor, beyond: Tensor, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Attention of `queries` `[B, kv_heads, group, head_dim]`, and its weights `[B, kv_heads, group, n]`."""
+    # Strides of batch and heads cannot be merged, so one is looped over (the shorter) and comes first.
+    swap = keys.shape[1] < keys.shape[0]
+    if swap:
+        queries, keys, values, beyond = (t.transpose(0, 1) for t in (queries, keys, values, beyond))
+    weights = torch.empty(*queries.shape[:3], keys.shape[2], dtype=queries.dtype, device=queries.device)
+    for q, k, out in zip(queries, keys, weights, strict=True):
+        torch.bmm(q, k.to(q.dtype).transpose(1, 2), out=out)
+    weights = weights.to(wide).masked_fill_(beyond, float("-inf")).softmax(dim=-1)
+    output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+    for w, v, out in zip(weights.to(queries.dtype), values, output, strict=True):
+        torch.bmm(w, v.to(w.dtype), out=out)
+    return (output.transpose(0, 1), weights.transpose(0, 1)) if swap else (output, weights)
 
 
 def _add_mass(into: Tensor, weights: Tensor, decay: float) -> None:
@@ -171,7 +178,7 @@ def _vote(into: Tensor, weights: Tensor, in_view: Tensor, seen: int | Tensor) ->
     into.copy_(torch.where(last > 0, (last + (seen - 1)).to(into.dtype), into))
 
 
-def _forget_garbage(output: Tensor, weights: Tensor, values: Tensor, lengths: Tensor) -> None:
+def _forget_garbage(output: Tensor, queries: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
     """Recompute the rows of `[B, kv_heads, group, head_dim]` where 0 x NaN from beyond the length leaked in.
 
     Masking the values would read and write the whole cache at every step; garbage that is not finite
@@ -180,8 +187,9 @@ def _forget_garbage(output: Tensor, weights: Tensor, values: Tensor, lengths: Te
     clean = output.isfinite().flatten(1).all(dim=1)
     if not bool(clean.all()):
         for row in (~clean).nonzero().flatten().tolist():
-            length = int(lengths[row])
-            output[row] = torch.bmm(weights[row, :, :, :length], values[row, :, :length].to(weights.dtype))
+            live = slice(0, int(lengths[row]))
+            k, v = (t[row, :, live].to(queries.dtype) for t in (keys, values))
+            output[row] = scaled_dot_product_attention(queries[row], k, v, scale=1.0)
 
 
 def _dtypes(query: Tensor, keys: Tensor) -> tuple[torch.dtype, torch.dtype]:

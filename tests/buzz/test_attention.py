@@ -126,8 +126,8 @@ def test_decode_on_a_strided_view_with_garbage_beyond_the_lengths(
     for name, memory in pool.items():
         assert (memory[:, [0, 2]] == START[name]).all()
         assert (memory[:, :, :, n:] == START[name]).all()
-    again = attend_decode(query, keys, values, lengths, 0.3, log_n=log_n)
-    torch.testing.assert_close(again, output, rtol=0, atol=0)
+    fused = attend_decode(query, keys, values, lengths, 0.3, log_n=log_n)
+    torch.testing.assert_close(fused, output, rtol=0, atol=1e-12)
 
 
 def test_votes_are_refused_without_the_tokens_seen_before() -> None:
