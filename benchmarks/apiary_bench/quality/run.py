@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from apiary_bench.quality.journal import Journal
 from apiary_bench.quality.settings import Settings
 from apiary_bench.quality.tasks import TASKS
 from apiary_bench.quality.tasks.task import Outcome, Task
-from apiary_server.model import attention
+from apiary_server.model import loader
 from apiary_server.model.catalog import resolve
-from apiary_server.model.loader import load
 
-_LIBRARY = ("attention", "buffers", "cache", "merging", "quant", "ranking", "rotary")
-_OURS = ("bench", "ensemble", "forward", "generation", "memory", "sizing", "slab")
+# what a model's directory may hold that makes its outputs
+_MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+# of ours, what asks, keeps and shows, and leaves outcomes as they are
+_AROUND = ("journal.py", "plots.py", "report.py", "settings.py", "statistics.py")
 
 
 class Observer(Protocol):
@@ -73,11 +73,9 @@ def prepare(settings: Settings) -> tuple[Bench, list[Stage]]:
     """
     torch.set_num_threads(settings.threads)
     path = resolve(settings.model)
-    loaded = load(path, torch.device("cpu"), torch.float32, torch.float32)
+    loaded = loader.load(path, torch.device("cpu"), torch.float32, torch.float32)
     bench = Bench(loaded, contenders(settings.policies, loaded.rotary.max_positions), settings.match)
-    model = _digest(
-        [*sorted(path.glob("*.json"))], [file.stat().st_size for file in path.glob("*.safetensors")]
-    )
+    model = _digest(sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES), "model")
     stages = []
     for name in settings.tasks:
         task = TASKS[name]
@@ -115,9 +113,16 @@ def run(bench: Bench, stages: Sequence[Stage], journal: Journal, observe: Observ
     return results
 
 
+def code() -> list[Path]:
+    """The files of our code that an outcome may depend on: the policies' library whole, the worker's way
+    from text to logits, and this benchmark without what only asks, keeps and shows."""
+    library, worker = Path(buzz.__file__).parent, Path(loader.__file__).parent
+    ours = [path for path in Path(__file__).parent.rglob("*.py") if path.name not in _AROUND]
+    return sorted([*library.rglob("*.py"), *worker.glob("*.py"), *ours])
+
+
 def _key(settings: Settings, task: Task[Any], budget: Budget, bench: Bench, model: str) -> str:
-    """Names all that an outcome depends on, the code of the rules and of the benchmark included; not how
-    many documents are run."""
+    """Names all that an outcome depends on, code included; not how many documents are run."""
     asked = {
         "task": repr(task),
         "budget": {use: getattr(budget, use) for use in sorted(task.budget)},
@@ -128,16 +133,13 @@ def _key(settings: Settings, task: Task[Any], budget: Budget, bench: Bench, mode
         "torch": torch.__version__,
     }
     data = [settings.data / name for name in task.files]
-    rules = {Path(inspect.getfile(type(policy))) for policy in bench.policies}
-    library = [Path(buzz.__file__).with_name(f"{name}.py") for name in _LIBRARY]
-    ours = [Path(__file__).with_name(f"{name}.py") for name in _OURS]
-    tasks = sorted((Path(__file__).parent / "tasks").glob("*.py"))
-    code = [*sorted(rules), *library, *ours, *tasks, Path(attention.__file__)]
-    return f"{task.name}-{_digest([*data, *code], asked)[:16]}"
+    return f"{task.name}-{_digest([*data, *code()], asked)[:16]}"
 
 
 def _digest(files: Iterable[Path], more: object) -> str:
+    """Of the files' names and content, and of something that JSON can say."""
     digest = hashlib.sha256(json.dumps(more, sort_keys=True).encode())
     for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+        with file.open("rb") as content:
+            digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from apiary_bench.quality import plots, report
 from apiary_bench.quality.bench import Bench, Budget
 from apiary_bench.quality.journal import Journal
 from apiary_bench.quality.memory import Segment, counts
-from apiary_bench.quality.run import Results, Stage, run
+from apiary_bench.quality.run import Results, Stage, code, prepare, run
 from apiary_bench.quality.settings import Settings
 from apiary_bench.quality.tasks.fidelity import Fidelity, divergence
 from apiary_bench.quality.tasks.qa10 import QA10, matches
@@ -24,6 +26,7 @@ from apiary_bench.quality.tasks.summary import CNN_DM, XSUM
 from apiary_bench.quality.tasks.task import Outcome, Task
 from apiary_bench.quality.tasks.wikitext import WikiText
 from buzz import parse
+from tests import tiny
 
 SPECS = (
     "h2o(heavy=40,recent=40,block=4)",
@@ -153,6 +156,45 @@ def test_a_stopped_run_goes_on_and_ends_alike(ours: Bench, data: Path, tmp_path:
         assert run(ours, stages, journal, silent) == whole
     assert len(path.read_text().splitlines()) == 4
     assert calls == [("wikitext (90 entries)", i, 2) for i in range(2)]
+
+
+def test_a_key_covers_all_loaded_code_that_makes_outcomes() -> None:
+    packages = ("buzz.", "apiary_bench.quality.", "apiary_server.model.")
+    loaded = {
+        Path(str(module.__file__)).resolve()
+        for name, module in sys.modules.items()
+        if name.startswith(packages)
+    }
+    around = {"journal.py", "plots.py", "report.py", "settings.py", "statistics.py"}
+    left_out = {path.name for path in loaded - {path.resolve() for path in code()}}
+    assert {"policy.py", "blockwise.py", "data.py", "tokenizer.py", "loader.py"} <= {p.name for p in loaded}
+    assert left_out == around
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("keyed"), tiny.config(max_position_embeddings=4096))
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "chat_template.jinja", "qa10.jsonl", None])
+def test_a_key_covers_model_and_data(changed: str | None, model: Path, data: Path, tmp_path: Path) -> None:
+    weights, files = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(model, weights)
+    shutil.copytree(data, files)
+
+    def key() -> str:
+        settings = Settings(data=files, model=str(weights), tasks=("qa10",), policies=("h2o",), limit=1)
+        _, (here,) = prepare(settings)
+        return here.key
+
+    before = key()
+    if changed is not None:
+        (path,) = tmp_path.glob(f"*/{changed}")
+        content = path.read_bytes()
+        other = content.replace(b"Be brief", b"Be short").replace(b"stone", b"stove")
+        # as large as it was; the weights' last byte is one of a number
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if other == content else other)
+    assert (key() == before) is (changed is None)
 
 
 def test_the_report(ours: Bench, data: Path, tmp_path: Path) -> None:
