@@ -284,10 +284,10 @@ class Cache:
         return Compaction(keep, view.sampled, view.state, merge)
 
     def _value_norm(self) -> Tensor:
-        """`[L, H, n]`; a layer at a time, like `_move`."""
-        live, n = self.live, self.n
-        layers = range(len(self.buffers.keys))
-        return torch.stack([live.read(layer, n, self._wide)[1].norm(dim=-1) for layer in layers])
+        """`[L, H, n]`, at least float32: squares overflow float16. A layer at a time, like `_move`."""
+        live, n, wide = self.live, self.n, torch.promote_types(self.buffers.keys.dtype, torch.float32)
+        values = (live.read(layer, n, self._wide)[1] for layer in range(len(self.buffers.keys)))
+        return torch.stack([torch.linalg.vector_norm(layer, dim=-1, dtype=wide) for layer in values])
 
     def _move(self, target: Buffers, packed: int, outcome: Compaction | None = None) -> None:
         """Write the entries, or the survivors of `outcome`, to `target`, the first `packed` of them packed.

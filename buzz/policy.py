@@ -57,7 +57,8 @@ class View:
         seen: tokens ever appended.
         position: int32 `[..., kv_heads, n]`, each entry's original token position.
         state: by name, `[..., kv_heads, n]`: what the policy declared in `states`.
-        value_norm: `[..., kv_heads, n]`, Euclidean norms of the values, if the policy `weighs_values`.
+        value_norm: `[..., kv_heads, n]`, at least float32: Euclidean norms of the values, if the policy
+            `weighs_values`.
     """
 
     sampled: int

@@ -59,6 +59,21 @@ def test_bfloat16_keys_drift_by_a_few_roundings_only() -> None:
     assert 0 < drift < 8 * 2**-8
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_norms_of_values_are_taken_wide(dtype: torch.dtype) -> None:
+    """These differ by less than a bfloat16 tells apart, and their squares are more than a float16 holds."""
+    policy = parse("buzz2(sink=0,window=0,hot=2,cells=0,mean=false,block=1)")
+    buffers = Buffers.empty(1, 1, 3, 2, dtype, "cpu", policy.states)
+    cache = Cache(policy, Rotary.of(2, 100), buffers)
+    cache.begin_segment(3)
+    cache.prepare(3)
+    buffers.values[0, 0] = torch.tensor([[256.0, 0], [256, 16], [256, 20]])
+    buffers.state["score"].fill_(1)
+    cache.append(3)
+    cache.end_segment()
+    assert buffers.position[0, 0, :2].tolist() == [1, 2]
+
+
 def test_original_positions_hold_until_the_changeover() -> None:
     driver = Driver(parse("buzz(sink=1,window=4,threshold=10,positions=original)"), Shape(max_positions=100))
     oracle = driver.oracle()
