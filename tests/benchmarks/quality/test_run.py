@@ -21,7 +21,7 @@ from apiary_bench.quality.run import Results, Stage, code, prepare, run
 from apiary_bench.quality.settings import Settings
 from apiary_bench.quality.tasks.fidelity import Fidelity, divergence
 from apiary_bench.quality.tasks.qa10 import QA10, matches
-from apiary_bench.quality.tasks.recall import Recall
+from apiary_bench.quality.tasks.recall import Recall, says
 from apiary_bench.quality.tasks.summary import CNN_DM, XSUM
 from apiary_bench.quality.tasks.task import Outcome, Task
 from apiary_bench.quality.tasks.wikitext import WikiText
@@ -132,6 +132,29 @@ def test_a_conversation_states_facts_and_asks_for_each(bench: Callable[..., Benc
         assert tokenizer.decode(turn.value_ids) == f" {turn.value}"
     told = tokenizer.decode(first.turns[3].tokens)
     assert told.startswith(tokenizer.decode([*first.turns[2].lead, *first.turns[2].value_ids]))
+
+
+def test_a_fact_is_recalled_by_whole_words() -> None:
+    assert says("Amara's favourite colour is Red.", "red")
+    assert says("Is it New-York?", "New York")
+    assert says("Lima's", "Lima")
+    for output in ("I remembered it.", "york, new", "new and york", ""):
+        assert not says(output, "red")
+        assert not says(output, "New York")
+
+
+def test_questions_before_any_compaction_are_told_apart(bench: Callable[..., Bench], data: Path) -> None:
+    task = Recall(output=2, first_words=20, later_words=3)
+    some = bench("streaming(sink=4,window=200)", "streaming(sink=4,window=4000)")
+    (document,) = task.documents(data, some, 1, 0)
+    # one policy that never gets full, one that does with the first turn, one that does with the third
+    late = len(document.opening) + sum(len(turn.tokens) for turn in document.turns[:2]) - 1
+    unscaled = Bench(
+        some.loaded, (*some.contenders, *bench(f"window(window={late},block=1)").contenders[1:]), match=None
+    )
+    with torch.inference_mode():
+        (outcomes,) = task.run([document], [90], unscaled)
+    assert [outcome.scores["compacted"] for outcome in outcomes] == pytest.approx([0, 1, 0, 7 / 9])
 
 
 class Stopped(BaseException):

@@ -15,7 +15,6 @@ from apiary_bench.quality.bench import Bench, Budget
 from apiary_bench.quality.ensemble import Ensemble
 from apiary_bench.quality.generation import greedy, surprise
 from apiary_bench.quality.memory import Segment, Trace
-from apiary_bench.quality.tasks.qa10 import matches
 from apiary_bench.quality.tasks.task import Metric, Outcome, Task
 from apiary_server.model.types import Message, Messages, Text
 
@@ -67,23 +66,30 @@ class Recall(Task[Conversation]):
     """Nine facts in turn 1, at a random place of a text, and one question in each of turns 2 to 10, each
     behind another piece of text.
 
-    Every turn's input is one segment, so compaction happens before each question is answered, and first
-    before any question is known. All policies see the same conversation: history has the right answers.
-    `match` is the share of questions whose greedy answer has the value; `answer_nll`, the mean negative
-    log-likelihood in nats per token of the value behind "NAME's ATTRIBUTE is". Answers are looked at, and no
-    part of the conversation. Memory is averaged over the questions: what the cache holds when it answers.
+    Every turn's input is one segment, behind which a policy compacts where it is due. All policies see the
+    same conversation: history has the right answers. `match` is the share of questions whose greedy answer
+    has the value as a word of its own; `answer_nll`, the mean negative log-likelihood in nats per token of
+    the value behind "NAME's ATTRIBUTE is"; `compacted`, the share of questions that came when the policy had
+    dropped entries already: where it is below 1, the others were asked of a whole history. Answers are
+    looked at, and no part of the conversation. Memory is averaged over the questions: what the cache holds
+    when it answers.
 
     Attributes:
         output: the most tokens of an answer.
-        first_words, later_words: of the text in the first turn, and in each other.
+        first_words, later_words: of the text in the first turn, and in each other. The first turn is long
+            enough for 564 entries' worth of any unquantised policy to compact behind it.
     """
 
     output: int = 16
-    first_words: int = 560
+    first_words: int = 720
     later_words: int = 40
 
     name = "recall"
-    metrics = (Metric("match", "higher"), Metric("answer_nll", "lower"))
+    metrics = (
+        Metric("match", "higher"),
+        Metric("answer_nll", "lower"),
+        Metric("compacted", "higher", digits=2),
+    )
     limit = 20
     files = ("wikitext2.txt",)
     budget = frozenset({"entries"})
@@ -160,8 +166,10 @@ class Recall(Task[Conversation]):
         ensemble.resize(policies, max(appended, ahead))
         ensemble.read(document.opening)
         ensemble.end(leave=True)
-        hits, nll = [0.0] * len(policies), [0.0] * len(policies)
+        hits, nll, compacted = ([0.0] * len(policies) for _ in range(3))
         for turn in document.turns:
+            for i, cache in enumerate(ensemble.caches):
+                compacted[i] += cache.n < cache.seen
             following = ensemble.read(turn.tokens, at=[len(turn.tokens) - 1])
             ensemble.end()
             for i, (behind,) in enumerate(ensemble.look([turn.lead + turn.value_ids[:-1]])):
@@ -169,12 +177,19 @@ class Recall(Task[Conversation]):
             first = {i: int(logits[0].argmax()) for i, logits in enumerate(following)}
             (answers,) = greedy([ensemble], [first], self.output, look=True)
             for i, answer in answers.items():
-                hits[i] += matches(loaded.tokenizer.decode(answer), [turn.value])
+                hits[i] += says(loaded.tokenizer.decode(answer), turn.value)
         count = len(document.turns)
+        totals = {"match": hits, "answer_nll": nll, "compacted": compacted}
         return [
-            Outcome.of(each, each.footprint, {"match": hits[i] / count, "answer_nll": nll[i] / count})
+            Outcome.of(each, each.footprint, {name: total[i] / count for name, total in totals.items()})
             for i, each in enumerate(sized)
         ]
+
+
+def says(output: str, value: str) -> bool:
+    """Whether the words of a value are words of the output, one behind the other, whatever their case."""
+    said, wanted = (re.findall(r"\w+", text.lower()) for text in (output, value))
+    return any(said[start : start + len(wanted)] == wanted for start in range(len(said)))
 
 
 def _words(text: str) -> list[str]:
