@@ -8,7 +8,7 @@ import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ class Policy(ABC):
                 raise PolicyError(
                     f"{self.name}: {field.name} must be {_words(hints[field.name])}, not {value!r}"
                 )
-            if type(value) is int and value != field.default and not 0 <= value <= MAX_BOUND:
+            if type(value) is int and not 0 <= value <= MAX_BOUND:
                 raise PolicyError(f"{self.name}: {field.name}={value} is not between 0 and {MAX_BOUND}")
         if self.kivi is not None and self.kivi not in BITS:
             raise PolicyError(f"{self.name}: kivi={self.kivi} is not 2 or 4 bits, or none")
@@ -186,13 +186,10 @@ class Policy(ABC):
         """This policy at another bound: its `sizes` in proportion, all else as it is.
 
         Raises:
-            PolicyError: nothing is left for a size, or the sizes no longer fit together.
+            PolicyError: there is no size to scale, nothing is left for one, or they no longer fit together.
         """
-        total = sum(getattr(self, name) for name in self.sizes)
-        rest = bound - (self.bound - total)
-        scaled = {name: getattr(self, name) * rest // total for name in self.sizes}
-        scaled[self.sizes[-1]] += rest - sum(scaled.values())
-        return dataclasses.replace(self, **scaled)
+        settings: dict[str, Any] = self._scaled(bound)
+        return dataclasses.replace(self, **settings)
 
     def resolve(self, max_positions: int) -> Self:
         """This policy for a model that was trained for `max_positions` positions.
@@ -217,6 +214,16 @@ class Policy(ABC):
                 text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
                 parts.append(f"{name}={text}")
         return f"{self.name}({','.join(parts)})" if parts else self.name
+
+    def _scaled(self, bound: int) -> dict[str, int]:
+        """The settings that make the bound `bound`; policies override it whose sizes do not just add up."""
+        total = sum(getattr(self, name) for name in self.sizes)
+        if not total:
+            raise PolicyError(f"{self} names no sizes that could be scaled to a bound of {bound}: set them")
+        rest = bound - (self.bound - total)
+        scaled = {name: getattr(self, name) * rest // total for name in self.sizes}
+        scaled[self.sizes[-1]] += rest - sum(scaled.values())
+        return scaled
 
     def _check_bound(self) -> None:
         if not 1 <= self.bound <= MAX_BOUND:

@@ -20,21 +20,23 @@ class Blockwise(Policy):
     papers have it (`block=1`), would do so at every token.
 
     Attributes:
-        block: entries evicted at a time while decoding, from 1 to `evictable`; by default 32, or `evictable`
-            if that is less.
+        block: entries evicted at a time while decoding, from 1 to `evictable`. None, the default, means 32,
+            or `evictable` if that is less.
 
     Raises:
-        PolicyError: the bound or the block is out of range.
+        PolicyError: nothing could be evicted, or not as many as the block.
     """
 
-    block: int = -1
+    block: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block == -1:
-            object.__setattr__(self, "block", max(1, min(_BLOCK, self.evictable)))
         self._check_bound()
-        if not 1 <= self.block <= self.evictable:
+        if self.evictable < 1:
+            raise PolicyError(
+                f"{self.name}: of {self.bound + 1} entries all must stay; make smaller what is always kept"
+            )
+        if self.block is not None and not 1 <= self.block <= self.evictable:
             raise PolicyError(
                 f"{self.name}: block={self.block} is not between 1 and {self.evictable}, as many as may go"
             )
@@ -46,12 +48,13 @@ class Blockwise(Policy):
 
     @property
     def rest(self) -> int:
-        """Entries that a compaction leaves."""
-        return self.bound + 1 - self.block
+        """Entries that a compaction leaves: a block fewer than it finds while decoding."""
+        block = min(_BLOCK, self.evictable) if self.block is None else self.block
+        return self.bound + 1 - block
 
     def due(self, n: int, sampled: int) -> bool:
         return n > self.bound
 
     def sized(self, bound: int) -> Self:
-        other = Policy.sized(dataclasses.replace(self, block=1), bound)
-        return dataclasses.replace(other, block=max(1, min(self.block, other.evictable)))
+        other = Policy.sized(dataclasses.replace(self, block=None), bound)
+        return dataclasses.replace(other, block=self.block and min(self.block, other.evictable))

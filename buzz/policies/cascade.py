@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,8 +25,7 @@ class Cascade(Blockwise):
     are gone: the rule needs no counters.
 
     Due when more than `bound = sink + cascades * size` entries are held; then buffer 0 evicts down to
-    `size + 1 - block`. A block of `block` entries goes at a time, because survivors' positions move with
-    each eviction and their keys must be rotated; their scores are those at that moment.
+    `size + 1 - block`, by the scores at that moment.
 
     The paper's score is an exponential moving average of the weights with factor 0.9999999. Attention
     records the decayed sum, which is the average but for a constant factor, and ranks the same.
@@ -67,7 +65,8 @@ class Cascade(Blockwise):
 
     def compact(self, view: View) -> Compaction:
         """Evict from buffer 0, and pass on from buffer to buffer: `rest` entries stay."""
-        start, end = self.bound - self.size, view.n - (self.size + 1 - self.block)
+        start = self.bound - self.size  # of buffer 0
+        end = view.n - (self.rest - start)
         offers, before = view.span(start, end), view.seen - view.n  # and offers made earlier
         kept = [view.span(end, view.n)]
         for i in range(1, self.cascades):
@@ -81,16 +80,11 @@ class Cascade(Blockwise):
         kept.append(view.span(0, self.sink))
         return Compaction(torch.cat(kept[::-1], dim=-1))
 
-    def sized(self, bound: int) -> Self:
-        """This policy at another bound: the buffers share it, and the sinks take what does not divide; at a
-        smaller one they shrink as well.
-
-        Raises:
-            PolicyError: nothing is left for the buffers.
-        """
+    def _scaled(self, bound: int) -> dict[str, int]:
+        """The buffers share it, and the sinks take what does not divide; at a smaller one they shrink too."""
         sink = min(self.sink, self.sink * bound // self.bound)
         size, rest = divmod(bound - sink, self.cascades)
-        return dataclasses.replace(self, size=size, sink=sink + rest, block=min(self.block, size))
+        return {"size": size, "sink": sink + rest}
 
     @staticmethod
     def _best(view: View, offers: Tensor, every: int, before: int) -> Tensor:

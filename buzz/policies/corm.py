@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 
@@ -22,11 +21,9 @@ class Corm(Blockwise):
     of the last `queries` queries goes.
 
     The paper has no budget, and its heads end up unequally long. Here all heads stay equally long: due
-    when more than `bound = budget` entries are held, each head then keeps `bound + 1 - block`, namely the
-    recent ones, then those that mattered to the last queries, and within either kind (to cap the one, or
-    to fill up with the other) those with more accumulated attention; the first wins a tie. A block of
-    `block` entries goes at a time, because survivors' positions move with each eviction and their keys
-    must be rotated.
+    when more than `bound = budget` entries are held, each head then keeps `rest`, namely the recent ones,
+    then those that mattered to the last queries, and within either kind (to cap the one, or to fill up
+    with the other) those with more accumulated attention; the first wins a tie.
 
     Attributes:
         budget: most entries.
@@ -57,16 +54,6 @@ class Corm(Blockwise):
     def states(self) -> tuple[State, ...]:
         return (State("score"), State("vote", "vote"))
 
-    def sized(self, bound: int) -> Self:
-        """This policy at another bound: the recent entries keep their share.
-
-        Raises:
-            PolicyError: nothing is left beside them.
-        """
-        recent = self.recent * bound // self.budget
-        block = max(1, min(self.block, bound - recent))
-        return dataclasses.replace(self, budget=bound, recent=recent, block=block)
-
     def compact(self, view: View) -> Compaction:
         """Keep what is recent and what mattered: `rest` entries."""
         older = view.n - self.recent
@@ -74,3 +61,7 @@ class Corm(Blockwise):
         count = self.rest - self.recent
         kept = top(view.state["score"][..., :older], count, preferred=mattered)
         return Compaction(torch.cat([kept, view.span(older, view.n)], dim=-1))
+
+    def _scaled(self, bound: int) -> dict[str, int]:
+        """The recent entries keep their share."""
+        return {"budget": bound, "recent": self.recent * bound // self.budget}

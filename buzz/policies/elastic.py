@@ -17,15 +17,14 @@ from buzz.ranking import top
 class Elastic(Blockwise):
     """Merging after a prompt, a fixed point of elimination while decoding (Elastic Cache, https://arxiv.org/abs/2407.18121).
 
-    Due when more than `bound = sink + heavy + recent` entries are held; then `bound + 1 - block` stay. A
-    block of `block` entries goes at a time, because survivors' positions move with each eviction and their
-    keys must be rotated; `block=1` is the paper's budget.
+    Due when more than `bound = sink + heavy + recent` entries are held; then `rest` stay; `block=1` is the
+    paper's budget.
 
     - After a prompt (more than one entry too many) each head keeps its first `sink` and last `recent`
-      entries and, of those between, the `heavy + 1 - block` with the largest score (first wins a tie).
-      Each dropped entry is merged into the nearest of the latter (earlier wins a tie), never into a sink
-      or a recent one, as in the authors' code: a survivor's key and value become the mean of its own and
-      those merged into it, keys moved to the survivor's position first.
+      entries and, of those between, the ones with the largest score (first wins a tie). Each dropped
+      entry is merged into the nearest of the latter (earlier wins a tie), never into a sink or a recent
+      one, as in the authors' code: a survivor's key and value become the mean of its own and those merged
+      into it, keys moved to the survivor's position first.
     - While decoding (one entry too many) the block before the last `distance` entries goes, unmerged: the
       paper's fixed point, a block wide.
 
@@ -63,10 +62,11 @@ class Elastic(Blockwise):
         """Merge, or drop at the fixed point: `rest` entries stay."""
         if view.n == self.bound + 1:
             end = view.n - self.distance
-            return Compaction(torch.cat([view.span(0, end - self.block), view.span(end, view.n)], dim=-1))
+            before = view.span(0, self.rest - self.distance)
+            return Compaction(torch.cat([before, view.span(end, view.n)], dim=-1))
         last = view.n - self.recent
         between = view.state["score"][..., self.sink : last]
-        heavy = top(between, self.heavy + 1 - self.block) + self.sink
+        heavy = top(between, self.rest - self.sink - self.recent) + self.sink
         index = torch.cat([view.span(0, self.sink), heavy, view.span(last, view.n)], dim=-1)
         joined = torch.cat(
             [

@@ -6,8 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
-
 from buzz.policy import Compaction, Policy, PolicyError, View
 
 
@@ -22,7 +20,6 @@ class Full(Policy):
     bound: int | None = None  # type: ignore[assignment]  # an int for everyone after `resolve`
 
     name: ClassVar[str] = "full"
-    sizes: ClassVar[tuple[str, ...]] = ("bound",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,7 +31,11 @@ class Full(Policy):
 
     def compact(self, view: View) -> Compaction:
         """Keep all."""
-        return Compaction(torch.arange(view.n), view.sampled)
+        return Compaction(view.span(0, view.n), view.sampled)
+
+    @property
+    def evicts(self) -> bool:
+        return False
 
     def resolve(self, max_positions: int) -> Self:
         """This policy with a concrete bound.
@@ -47,3 +48,6 @@ class Full(Policy):
         if self.bound > max_positions:
             raise PolicyError(f"{self} exceeds the model's {max_positions} positions")
         return self
+
+    def _scaled(self, bound: int) -> dict[str, int]:
+        return {"bound": bound}

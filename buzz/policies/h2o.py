@@ -16,11 +16,9 @@ from buzz.ranking import top
 class H2O(Blockwise):
     """The keys with the most accumulated attention, per head, and the most recent (H2O, https://arxiv.org/abs/2306.14048).
 
-    Due when more than `bound = heavy + recent` entries are held. Then each head keeps its `recent` last
-    entries and, of those before, in order, the `heavy + 1 - block` with the largest score (first wins a
-    tie); scores go on accumulating. A block of `block` entries goes at a time, because survivors'
-    positions move with each eviction and their keys must be rotated; `block=1` is the paper's eviction
-    per token.
+    Due when more than `bound = heavy + recent` entries are held. Then each head keeps `rest`: its `recent`
+    last entries and, of those before, in order, the ones with the largest score (first wins a tie); scores
+    go on accumulating. `block=1` is the paper's eviction per token.
 
     Attributes:
         heavy: most heavy hitters at the bound.
@@ -48,5 +46,5 @@ class H2O(Blockwise):
     def compact(self, view: View) -> Compaction:
         """Keep heavy hitters and recent: `rest` entries."""
         older = view.n - self.recent
-        heavy = top(view.state["score"][..., :older], self.heavy + 1 - self.block)
+        heavy = top(view.state["score"][..., :older], self.rest - self.recent)
         return Compaction(torch.cat([heavy, view.span(older, view.n)], dim=-1))

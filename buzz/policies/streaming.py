@@ -15,10 +15,8 @@ from buzz.policy import Compaction, View
 class Streaming(Blockwise):
     """The first and the most recent entries (StreamingLLM, https://arxiv.org/abs/2309.17453).
 
-    Due when more than `bound = sink + window` entries are held; then the oldest outside the sink go,
-    down to `bound + 1 - block`. A block of `block` entries goes at a time, because every survivor's
-    position moves with each eviction and its key must be rotated; `block=1` is the paper's eviction
-    per token.
+    Due when more than `bound = sink + window` entries are held; then the oldest outside the sink go, and
+    `rest` stay. `block=1` is the paper's eviction per token.
 
     Attributes:
         sink: first entries, always kept.
@@ -40,7 +38,6 @@ class Streaming(Blockwise):
         return self.window
 
     def compact(self, view: View) -> Compaction:
-        """Keep the sink and the most recent: index `[rest]`, the same for all heads."""
-        recent = self.window + 1 - self.block
-        index = torch.cat([torch.arange(self.sink), torch.arange(view.n - recent, view.n)])
-        return Compaction(index)
+        """Keep the sink and the most recent: `rest` entries, the same of all heads."""
+        recent = view.span(view.n - (self.rest - self.sink), view.n)
+        return Compaction(torch.cat([view.span(0, self.sink), recent], dim=-1))

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from buzz import H2O, Buzz, Cascade, Full, Policy, PolicyError, Streaming, names, parse
+from buzz.policies.blockwise import Blockwise
 
 ALL = [parse(name) for name in names()]
 BOUNDED = [policy for policy in ALL if policy.name != "full"]
@@ -34,8 +35,8 @@ def test_the_canonical_specification_has_all_sizes_and_the_options_that_differ()
     )
     assert str(Full()) == "full"
     assert str(Full(bound=7)) == "full(bound=7)"
-    assert str(H2O()) == "h2o(heavy=282,recent=282,block=32)"
-    assert str(Streaming()) == "streaming(sink=4,window=560,block=32)"
+    assert str(H2O()) == "h2o(heavy=282,recent=282)"
+    assert str(Streaming(block=32)) == "streaming(sink=4,window=560,block=32)"
 
 
 def test_only_buzz_scales_logits() -> None:
@@ -63,9 +64,38 @@ def test_a_setting_of_the_wrong_type_is_refused(name: str) -> None:
 
 
 def test_a_block_that_is_not_given_is_32_or_what_fits() -> None:
-    assert (H2O().block, H2O(heavy=10).block, H2O(heavy=10, block=-1).block) == (32, 10, 10)
-    assert (Streaming(window=5).block, Cascade(size=7).block) == (5, 7)
-    with pytest.raises(PolicyError, match="window must be an integer, not 'three'"):
-        parse("streaming(window=three)")
-    with pytest.raises(PolicyError, match="block=-2 is not between"):
-        Streaming(block=-2)
+    blockwise: tuple[Blockwise, ...] = (H2O(), H2O(heavy=10), Streaming(window=5), Cascade(size=7))
+    assert [policy.bound + 1 - policy.rest for policy in blockwise] == [32, 10, 5, 7]
+    assert dataclasses.replace(H2O(), heavy=20).rest == 20 + 282 + 1 - 20
+    assert H2O(heavy=10).sized(1000).rest == 1001 - 32
+    for number in (-1, -2, 2**21):
+        with pytest.raises(PolicyError, match=f"block={number} is not between"):
+            parse(f"streaming(block={number})")
+
+
+def test_a_block_that_is_given_stays_or_shrinks_with_the_policy() -> None:
+    policy = H2O(block=20)
+    assert policy.sized(1000).block == 20
+    assert policy.sized(30).block == 15
+    with pytest.raises(PolicyError, match="block=20 is not between 1 and 15"):
+        dataclasses.replace(policy, heavy=15)
+
+
+def test_a_full_cache_can_have_any_bound() -> None:
+    assert Full().sized(300) == Full(bound=100).sized(300) == Full(bound=300)
+    assert not Full().evicts
+    with pytest.raises(PolicyError, match="full: a bound of 0 entries"):
+        Full().sized(0)
+
+
+@pytest.mark.parametrize("sizes", [(), ("size",)])
+def test_a_policy_that_cannot_be_scaled_says_so(sizes: tuple[str, ...]) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Fixed(Streaming):
+        size: int = 0
+
+        name = "fixed"
+
+    Fixed.sizes = sizes
+    with pytest.raises(PolicyError, match=r"^fixed.* names no sizes that could be scaled to a bound of 100"):
+        Fixed().sized(100)

@@ -39,7 +39,7 @@ def test_the_last_of_the_queries_asked_is_the_boundary() -> None:
 
 def test_a_block_goes_when_one_entry_is_too_many() -> None:
     policy = Corm(budget=8, recent=2)
-    assert (policy.bound, policy.block) == (8, 6)
+    assert (policy.bound, policy.rest) == (8, 3)
     assert not policy.due(8, 0)
     assert policy.due(9, 0)
 
@@ -49,7 +49,7 @@ def test_a_block_goes_when_one_entry_is_too_many() -> None:
     [
         ({"block": 0}, "block=0 is not between 1 and 6"),
         ({"block": 7}, "block=7 is not between 1 and 6"),
-        ({"recent": 8}, "is not between 1 and 0"),
+        ({"recent": 8}, "corm: of 9 entries all must stay"),
         ({"queries": 0}, "queries=0 leaves no query"),
         ({"budget": 0, "recent": 0}, "a bound of 0 entries"),
         ({"budget": "8"}, "budget must be an integer, not '8'"),

@@ -38,8 +38,8 @@ def test_while_decoding_a_block_goes_at_a_fixed_distance_from_the_end() -> None:
 
 def test_defaults_are_the_authors_distance_and_last_token() -> None:
     policy = Elastic()
-    assert (policy.bound, policy.distance, policy.recent, policy.block) == (564, 25, 1, 32)
-    assert Elastic(heavy=40).block == 17  # the sinks stay
+    assert (policy.bound, policy.distance, policy.recent, policy.rest) == (564, 25, 1, 533)
+    assert Elastic(heavy=40).evictable == 17  # the sinks stay
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_defaults_are_the_authors_distance_and_last_token() -> None:
         ({"block": 0}, "block=0 is not between 1 and 6"),
         ({"block": 7}, "block=7 is not between 1 and 6"),
         ({"block": 4, "distance": 6}, "block=4 is not between 1 and 3"),
-        ({"heavy": 0}, "is not between 1 and 0"),
+        ({"heavy": 0}, "all must stay"),
         ({"sink": -1}, "sink=-1 is not between 0 and"),
         ({"heavy": "x"}, "heavy must be an integer, not 'x'"),
     ],
