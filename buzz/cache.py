@@ -268,7 +268,13 @@ class Cache:
         keep, merge = view.span(0, n), None
         while self.policy.due(view.n, view.sampled):
             step = self.policy.compact(view)
-            index = step.index.to(keep.device).expand(*keep.shape[:2], -1)
+            index = step.index
+            if index.shape[:-1] != keep.shape[:-1] or not index.shape[-1]:
+                layers, heads = keep.shape[:-1]
+                raise RuntimeError(
+                    f"policy {self.policy} returned survivors of shape {list(index.shape)}, and not "
+                    f"[{layers}, {heads}, m], m at least 1"
+                )
             if (index.shape[-1], step.sampled) == (view.n, view.sampled):
                 raise RuntimeError(
                     f"policy {self.policy} is due at {view.n} entries and its compaction changes nothing"

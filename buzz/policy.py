@@ -83,8 +83,8 @@ class Compaction:
     """What one application of a policy's rule decided: pure data.
 
     Attributes:
-        index: int64 `[..., kv_heads, m]`, or `[m]` where all heads keep the same: which of the `n`
-            entries survive, strictly ascending.
+        index: int64 `[..., kv_heads, m]`, m at least 1: which of the `n` entries survive, strictly
+            ascending; `View.span` makes it where all heads keep the same.
         sampled: how many middle entries are now already sampled.
         state: by name, `[..., kv_heads, m]`: the survivors' states where the rule changes them; the others
             stay as they are.
@@ -139,15 +139,33 @@ class Policy(ABC):
                 )
             if type(value) is int and not 0 <= value <= MAX_BOUND:
                 raise PolicyError(f"{self.name}: {field.name}={value} is not between 0 and {MAX_BOUND}")
+        # None is a full cache's, until it is resolved
+        if self.bound is not None and not 1 <= self.bound <= MAX_BOUND:
+            raise PolicyError(
+                f"{self.name}: a bound of {self.bound} entries is not between 1 and {MAX_BOUND}"
+            )
+        self.validate()
+        if len(self.states) > MAX_STATES:
+            raise PolicyError(
+                f"{self.name}: {len(self.states)} states are declared, and there is room for {MAX_STATES}"
+            )
         if self.kivi is not None and self.kivi not in BITS:
             raise PolicyError(f"{self.name}: kivi={self.kivi} is not 2 or 4 bits, or none")
         if self.kivi is None and self.residual != Policy.residual:
             raise PolicyError(f"{self.name}: residual={self.residual} means nothing without kivi=2 or kivi=4")
 
+    def validate(self) -> None:  # noqa: B027  # most have nothing to refuse
+        """Refuse settings that make no sense; called when a policy is made, after its types and bound were
+        checked.
+
+        Raises:
+            PolicyError: they make no sense, or not together.
+        """
+
     @property
     @abstractmethod
     def bound(self) -> int:
-        """The most entries that a session's layer holds at rest, after compaction."""
+        """The most entries that a session's layer holds at rest, after compaction: 1 to `MAX_BOUND`."""
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -224,12 +242,6 @@ class Policy(ABC):
         scaled = {name: getattr(self, name) * rest // total for name in self.sizes}
         scaled[self.sizes[-1]] += rest - sum(scaled.values())
         return scaled
-
-    def _check_bound(self) -> None:
-        if not 1 <= self.bound <= MAX_BOUND:
-            raise PolicyError(
-                f"{self.name}: a bound of {self.bound} entries is not between 1 and {MAX_BOUND}"
-            )
 
 
 def _from_most_derived(policy: type[Policy]) -> list[str]:

@@ -29,9 +29,7 @@ class Blockwise(Policy):
 
     block: int | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_bound()
+    def validate(self) -> None:
         if self.evictable < 1:
             raise PolicyError(
                 f"{self.name}: of {self.bound + 1} entries all must stay; make smaller what is always kept"

@@ -43,8 +43,7 @@ class Buzz(Policy):
     name: ClassVar[str] = "buzz"
     sizes: ClassVar[tuple[str, ...]] = ("window", "threshold")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
         if self.stride < 3:
             raise PolicyError(
                 f"buzz: stride={self.stride} is less than 3: sampled entries would never shrink, "
@@ -56,7 +55,6 @@ class Buzz(Policy):
             )
         if self.log_n is not None and self.log_n < 2:
             raise PolicyError(f"buzz: log_n={self.log_n} is less than 2, and log(1) = 0 cannot divide")
-        self._check_bound()
 
     @property
     def bound(self) -> int:

@@ -53,8 +53,8 @@ class Buzz2(Blockwise):
     name: ClassVar[str] = "buzz2"
     sizes: ClassVar[tuple[str, ...]] = ("window", "hot", "cells")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
+        super().validate()
         if self.horizon is not None and self.horizon < 2:
             raise PolicyError(f"buzz2: horizon={self.horizon} is less than 2 queries: no score would be left")
 

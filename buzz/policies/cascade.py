@@ -46,8 +46,8 @@ class Cascade(Blockwise):
 
     name: ClassVar[str] = "cascade"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
+        super().validate()
         if not 1 <= self.cascades <= 16:
             raise PolicyError(f"cascade: cascades={self.cascades} is not between 1 and 16")
 

@@ -37,8 +37,8 @@ class Corm(Blockwise):
 
     name: ClassVar[str] = "corm"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
+        super().validate()
         if self.queries < 1:
             raise PolicyError("corm: queries=0 leaves no query to which an entry could matter")
 

@@ -21,11 +21,6 @@ class Full(Policy):
 
     name: ClassVar[str] = "full"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.bound is not None:
-            self._check_bound()
-
     def due(self, n: int, sampled: int) -> bool:
         return False
 

@@ -244,7 +244,7 @@ class Halving(Policy):
     def compact(self, view: View) -> Compaction:
         merges = (view.sampled % 2 == 0) == self.merges_first
         merge = torch.arange(view.n).expand(view.position.shape) // 2
-        return Compaction(torch.arange(0, view.n, 2), view.sampled + 1, merge=merge if merges else None)
+        return Compaction(view.span(0, view.n, 2), view.sampled + 1, merge=merge if merges else None)
 
 
 @pytest.mark.parametrize(
@@ -287,10 +287,23 @@ def test_a_policy_that_never_gets_done_is_an_error_not_a_hang() -> None:
             return n > 4
 
         def compact(self, view: View) -> Compaction:
-            return Compaction(torch.arange(view.n), view.sampled)
+            return Compaction(view.span(0, view.n), view.sampled)
 
     with pytest.raises(RuntimeError, match="changes nothing"):
         ready(Stuck()).segment([5])
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 0), (3,), (2, 3)])
+def test_survivors_of_the_wrong_shape_are_an_error_and_change_nothing(shape: tuple[int, ...]) -> None:
+    class Wrong(Halving):
+        def compact(self, view: View) -> Compaction:
+            return Compaction(torch.arange(shape[-1]).expand(shape))
+
+    driver = ready(Wrong())
+    driver.segment([4])
+    with pytest.raises(RuntimeError, match=r"survivors of shape .* and not \[1, 2, m\]"):
+        driver.segment([1])
+    assert (driver.cache.n, driver.cache.evicted) == (5, 0)
 
 
 def test_compaction_reports_what_it_evicts_and_due_foretells_it() -> None:

@@ -4,7 +4,19 @@ import dataclasses
 
 import pytest
 
-from buzz import H2O, Buzz, Cascade, Full, Policy, PolicyError, Streaming, names, parse
+from buzz import (
+    H2O,
+    MAX_STATES,
+    Buzz,
+    Cascade,
+    Full,
+    Policy,
+    PolicyError,
+    State,
+    Streaming,
+    names,
+    parse,
+)
 from buzz.policies.blockwise import Blockwise
 
 ALL = [parse(name) for name in names()]
@@ -48,6 +60,30 @@ def test_only_buzz_scales_logits() -> None:
 def test_defaults_hold_as_much_as_the_papers_buzz(policy: Policy) -> None:
     assert policy.bound == 564
     assert policy.evicts
+
+
+def test_a_policy_of_ones_own_is_checked_as_ours_are() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(Full):
+        count: int = 0
+
+        name = "own"
+
+        @property
+        def states(self) -> tuple[State, ...]:
+            return tuple(State(f"score {i}") for i in range(self.count))
+
+        def validate(self) -> None:
+            if self.count == 1:
+                raise PolicyError("own: count=1")
+
+    assert len(Own(count=MAX_STATES).states) == 2
+    with pytest.raises(PolicyError, match="own: 3 states are declared, and there is room for 2"):
+        Own(count=3)
+    with pytest.raises(PolicyError, match="own: count=1"):
+        Own(count=1)
+    with pytest.raises(PolicyError, match="own: a bound of 0 entries is not between 1 and"):
+        Own(bound=0)
 
 
 def test_only_attention_scores_that_are_needed_are_recorded() -> None:
