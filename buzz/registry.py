@@ -29,20 +29,23 @@ _P = TypeVar("_P", bound=type[Policy])
 
 
 def register(policy: _P) -> _P:
-    """Make a policy known by its `name`; usable as a class decorator.
+    """Make a policy known by its `name`; usable as a class decorator. The same class, defined anew, takes the
+    place of the former.
 
     Raises:
-        PolicyError: it is no complete dataclass derived from `Policy`, or its name is malformed or taken.
+        PolicyError: it is no complete dataclass derived from `Policy`, or its name is malformed or taken by
+            another class.
     """
     derived = isinstance(policy, type) and issubclass(policy, Policy) and is_dataclass(policy)
     if not derived or isabstract(policy):
         raise PolicyError(f"{policy!r} is not a complete dataclass derived from buzz.Policy")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", str(getattr(policy, "name", ""))):
         raise PolicyError(f"{policy.__name__} needs a name of lower-case letters, digits and _")
-    if _policies.setdefault(policy.name, policy) is not policy:
-        raise PolicyError(
-            f"the policy name {policy.name!r} is taken by {_policies[policy.name].__qualname__}"
-        )
+    known = _policies.get(policy.name, policy)
+    # a cell of a notebook that is run again makes the same class anew
+    if (known.__module__, known.__qualname__) != (policy.__module__, policy.__qualname__):
+        raise PolicyError(f"the policy name {policy.name!r} is taken by {known.__qualname__}")
+    _policies[policy.name] = policy
     return policy
 
 

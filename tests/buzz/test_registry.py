@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -129,7 +128,7 @@ class Newest(Policy):
         return n > self.window
 
     def compact(self, view: View) -> Compaction:
-        return Compaction(torch.arange(view.n - self.window, view.n))
+        return Compaction(view.span(view.n - self.window, view.n))
 
 
 @pytest.mark.usefixtures("known")
@@ -138,6 +137,26 @@ def test_a_policy_of_ones_own() -> None:
     assert register(Newest) is Newest  # again is harmless
     assert parse("newest(window=100)") == Newest(window=100)
     assert "newest" in names()
+
+
+@pytest.mark.usefixtures("known")
+def test_a_class_that_is_defined_again_takes_the_place_of_the_former() -> None:
+    def define(default: int) -> type[Newest]:
+        @register
+        @dataclass(frozen=True, kw_only=True)
+        class Again(Newest):
+            window: int = default
+
+            name = "again"
+
+        return Again
+
+    first, second = define(7), define(8)
+    assert first is not second
+    assert type(parse("again")) is second
+    assert parse("again").bound == 8
+    with pytest.raises(PolicyError, match="'again' is taken by .*Again"):
+        register(type("Other", (Newest,), {"name": "again"}))
 
 
 @pytest.mark.usefixtures("known")
