@@ -12,6 +12,7 @@ import torch
 from apiary_bench.quality.bench import Bench, contenders
 from apiary_server.model.loader import LoadedModel, load
 from tests import tiny
+from tests.benchmarks.quality.small import SPECS
 
 WORDS = "river stone lamp garden winter letter engine basket market silver road candle"
 
@@ -37,6 +38,12 @@ def bench(loaded: LoadedModel) -> Callable[..., Bench]:
         return Bench(loaded, contenders(specs, loaded.rotary.max_positions))
 
     return make
+
+
+@pytest.fixture
+def ours(bench: Callable[..., Bench]) -> Bench:
+    """A bench over the tiny model with three policies."""
+    return bench(*SPECS)
 
 
 @pytest.fixture(scope="session")

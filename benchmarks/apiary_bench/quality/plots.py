@@ -24,7 +24,7 @@ _INCHES = (7.0, 4.5)
 _COLUMNS = 512  # of a map: positions share one where there are more
 
 
-def draw(directory: Path, bench: Bench, found: Sequence[Section]) -> list[Path]:
+def draw(directory: Path, bench: Bench, results: Sequence[Results], found: Sequence[Section]) -> list[Path]:
     """Draw all: `TASK.png` for each task, and `kept.png` for the first document.
 
     Raises:
@@ -32,9 +32,9 @@ def draw(directory: Path, bench: Bench, found: Sequence[Section]) -> list[Path]:
     """
     mpl.use("Agg")  # no display is needed
     pictures = {}
-    for name, same in groupby(found, key=lambda section: section.results.stage.task.name):
+    for name, same in groupby(found, key=lambda section: section.sample.task):
         pictures[f"{name}.png"] = quality(list(same))
-    pictures["kept.png"] = kept(bench, found[0].results)
+    pictures["kept.png"] = kept(bench, results[0])
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, figure in pictures.items():
@@ -46,8 +46,8 @@ def draw(directory: Path, bench: Bench, found: Sequence[Section]) -> list[Path]:
 
 def quality(same: Sequence[Section]) -> Figure:
     """A task's first metric against average memory: a line for each policy, a point for each budget."""
-    task = same[0].results.stage.task
-    metric = task.metrics[0]
+    sample = same[0].sample
+    metric = sample.metrics[0]
     figure = Figure(figsize=_INCHES, layout="constrained")
     axes = figure.subplots()
     for i, row in enumerate(same[0].rows):
@@ -65,7 +65,7 @@ def quality(same: Sequence[Section]) -> Figure:
         )
     axes.set_xlabel("average memory of a session's cache, MB")
     axes.set_ylabel(f"{metric.name} ({metric.better} is better)")
-    axes.set_title(f"{task.name}, {len(same[0].results.stage.documents)} documents, 95% intervals")
+    axes.set_title(f"{sample.task}, {sample.documents} documents, 95% intervals")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure

@@ -1,45 +1,38 @@
-"""What a run found: estimates, intervals and paired differences, as JSON and as tables."""
+"""What a run found: estimates, intervals and paired comparisons."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import sys
-import tempfile
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from rich.table import Table
 
-from apiary_bench.errors import BenchError
-from apiary_bench.quality.bench import Bench
-from apiary_bench.quality.run import Results
-from apiary_bench.quality.settings import Settings
+from apiary_bench.quality.sample import Sample, join
 from apiary_bench.quality.sizing import TOLERANCE
-from apiary_bench.quality.statistics import Estimate, Values, difference, estimate
+from apiary_bench.quality.statistics import Estimate, Values, difference, estimate, ratio
 from apiary_bench.quality.tasks.task import Metric, Outcome
 
 _RIVALS = {"h2o", "streaming"}
-_VERSIONS = ("apiary", "torch", "transformers", "rouge-score", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A policy over a stage's documents.
+    """A policy over a task's documents.
 
     Attributes:
         label: as the user wrote it.
         policies: as it ran, at its smallest and its largest bound.
         entries, bytes: the means of the documents' averages.
         peak_bytes: the most of any document.
+        slot_bytes: as in `Sample`.
         deviation: of the average bytes from the mean target, relative; None where nothing was to match.
+        worst_deviation: of the document whose average is farthest from its own target.
         scores: by metric.
-        baseline, rival: paired differences of this policy less the other, by metric.
+        baseline, rival, other: paired differences of this policy less the baseline, the best of H2O and
+            StreamingLLM, and the best that evicts and has another name, by metric.
+        others: which that is, by metric.
+        relative: this policy's number as a part of the full cache's, paired, for metrics where that says
+            something.
         outcomes: by document.
     """
 
@@ -48,10 +41,15 @@ class Row:
     entries: float
     bytes: float
     peak_bytes: int
+    slot_bytes: int | None
     deviation: float | None
+    worst_deviation: float | None
     scores: dict[str, Estimate]
     baseline: dict[str, Estimate]
     rival: dict[str, Estimate]
+    other: dict[str, Estimate]
+    others: dict[str, str]
+    relative: dict[str, Estimate]
     outcomes: list[Outcome]
 
     @property
@@ -62,140 +60,106 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A stage's rows; `rivals` names for each metric the best of H2O and StreamingLLM that ran."""
+    """A sample's rows; `rivals` names for each metric the best of H2O and StreamingLLM that ran."""
 
-    results: Results
+    sample: Sample
     rows: list[Row]
     rivals: dict[str, str]
 
 
-def sections(settings: Settings, bench: Bench, results: list[Results]) -> list[Section]:
-    """Estimate everything."""
-    return [_section(settings, bench, each) for each in results]
+class _Contest:
+    """Compares the policies of a sample."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+        self.names = {
+            label: outcomes[0].policy.partition("(")[0] for label, outcomes in sample.outcomes.items()
+        }
+
+    def values(self, label: str, metric: Metric) -> Values:
+        return np.array([outcome.scores[metric.name] for outcome in self.sample.outcomes[label]])
+
+    def best(self, among: Sequence[str]) -> dict[str, str]:
+        """By metric the best of some policies; nothing where there are none."""
+
+        def rank(label: str, metric: Metric) -> tuple[float, str]:
+            value = float(metric.statistic(self.values(label, metric)))
+            return (value if metric.better == "lower" else -value), label
+
+        return {
+            metric.name: min(among, key=lambda label: rank(label, metric))
+            for metric in (self.sample.metrics if among else ())
+        }
+
+    def rivals(self) -> dict[str, str]:
+        return self.best([label for label, name in self.names.items() if name in _RIVALS])
+
+    def others(self, mine: str) -> dict[str, str]:
+        out = ("full", self.names[mine])
+        return self.best([label for label, name in self.names.items() if name not in out])
+
+    def less(self, label: str, others: dict[str, str]) -> dict[str, Estimate]:
+        """The paired differences to what `others` names by metric."""
+        return {
+            metric.name: difference(
+                self.values(label, metric),
+                self.values(others[metric.name], metric),
+                metric.statistic,
+                self.sample.seed,
+            )
+            for metric in self.sample.metrics
+            if metric.name in others
+        }
+
+    def relative(self, label: str) -> dict[str, Estimate]:
+        found = {
+            metric.name: ratio(
+                self.values(label, metric), self.values("full", metric), metric.statistic, self.sample.seed
+            )
+            for metric in self.sample.metrics
+            if metric.relative
+        }
+        return {metric: part for metric, part in found.items() if part is not None}
 
 
-def _section(settings: Settings, bench: Bench, results: Results) -> Section:
-    metrics = results.stage.task.metrics
-    labels = [contender.label for contender in bench.contenders]
-    columns = {label: [row[i] for row in results.outcomes] for i, label in enumerate(labels)}
-
-    def values(label: str, metric: Metric) -> Values:
-        return np.array([outcome.scores[metric.name] for outcome in columns[label]])
-
-    rivals: dict[str, str] = {}
-    for metric in metrics:
-        sign = 1 if metric.better == "lower" else -1
-        among = [
-            (sign * float(metric.statistic(values(each.label, metric))), each.label)
-            for each in bench.contenders
-            if each.policy.name in _RIVALS
-        ]
-        if among:
-            rivals[metric.name] = min(among)[1]
-
-    def against(label: str, metric: Metric, other: str) -> Estimate:
-        return difference(values(label, metric), values(other, metric), metric.statistic, settings.seed)
-
-    rows = []
-    for label, outcomes in columns.items():
-        ordered = sorted(outcomes, key=lambda outcome: outcome.bound)
-        held = float(np.mean([outcome.bytes for outcome in outcomes]))
-        targets = [outcome.target_bytes for outcome in outcomes if outcome.target_bytes is not None]
-        row = Row(
-            label=label,
-            policies=(ordered[0].policy, ordered[-1].policy),
-            entries=float(np.mean([outcome.entries for outcome in outcomes])),
-            bytes=held,
-            peak_bytes=max(outcome.peak_bytes for outcome in outcomes),
-            deviation=held / float(np.mean(targets)) - 1 if targets else None,
-            scores={
-                metric.name: estimate(values(label, metric), metric.statistic, settings.seed)
-                for metric in metrics
-            },
-            baseline={metric.name: against(label, metric, settings.baseline) for metric in metrics},
-            rival={
-                metric.name: against(label, metric, rivals[metric.name])
-                for metric in metrics
-                if metric.name in rivals
-            },
-            outcomes=outcomes,
-        )
-        rows.append(row)
-    return Section(results, rows, rivals)
-
-
-def document(settings: Settings, found: list[Section]) -> dict[str, Any]:
-    """All of it, for programs."""
-    return {
-        "command": " ".join(["apiary", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
-        "model": settings.model,
-        "settings": asdict(settings) | {"data": str(settings.data)},
-        "tasks": [_task(section) for section in found],
-    }
-
-
-def _task(section: Section) -> dict[str, Any]:
-    stage = section.results.stage
-    budget = {use: getattr(stage.budget, use) for use in sorted(stage.task.budget)}
-    metrics = [{"name": metric.name, "better": metric.better} for metric in stage.task.metrics]
-    return {
-        "task": stage.task.name,
-        "budget": budget,
-        "documents": len(stage.documents),
-        "metrics": metrics,
-        "rivals": section.rivals,
-        "policies": [
-            asdict(row)
-            | {"policies": {"smallest": row.policies[0], "largest": row.policies[1]}, "matched": row.matched}
-            for row in section.rows
-        ],
-    }
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all.
+def sections(samples: Iterable[Sample]) -> list[Section]:
+    """Estimate everything, of samples that are joined first.
 
     Raises:
-        BenchError: it cannot be written.
+        BenchError: they cannot be joined.
     """
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise BenchError(f"{path} cannot be written: {error}") from error
+    return [_section(sample) for sample in join(samples)]
 
 
-def table(settings: Settings, section: Section) -> Table:
-    """A stage for people. Differences are of the first metric."""
-    stage = section.results.stage
-    first = stage.task.metrics[0]
-    shown = Table(title=f"{stage.name}, {len(stage.documents)} documents", title_justify="left")
-    shown.add_column("policy", overflow="fold")
-    for name in ("entries", "MB", "peak MB", *(metric.name for metric in stage.task.metrics)):
-        shown.add_column(name, justify="right")
-    shown.add_column(f"{first.name} less {settings.baseline}", justify="right")
-    if section.rivals:
-        shown.add_column(f"{first.name} less {section.rivals[first.name]}", justify="right")
-    for row in section.rows:
-        label = row.label
-        if row.matched is False:
-            label += f" (not matched: {row.deviation:+.1%})"
-        cells = [label, f"{row.entries:.0f}", f"{row.bytes / 1e6:.1f}", f"{row.peak_bytes / 1e6:.1f}"]
-        cells += [_words(row.scores[metric.name], metric) for metric in stage.task.metrics]
-        cells.append("" if row.label == settings.baseline else _words(row.baseline[first.name], first, "+"))
-        if section.rivals:
-            same = row.label == section.rivals[first.name]
-            cells.append("" if same else _words(row.rival[first.name], first, "+"))
-        shown.add_row(*cells)
-    return shown
+def _section(sample: Sample) -> Section:
+    contest = _Contest(sample)
+    rivals = contest.rivals()
+    return Section(sample, [_row(contest, label, rivals) for label in sample.outcomes], rivals)
 
 
-def _words(found: Estimate, metric: Metric, sign: str = "") -> str:
-    form = f"{sign}.{metric.digits}f"
-    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
+def _row(contest: _Contest, label: str, rivals: dict[str, str]) -> Row:
+    sample = contest.sample
+    outcomes, others = sample.outcomes[label], contest.others(label)
+    ordered = sorted(outcomes, key=lambda outcome: outcome.bound)
+    held = float(np.mean([outcome.bytes for outcome in outcomes]))
+    targets = [(each.bytes, each.target_bytes) for each in outcomes if each.target_bytes is not None]
+    return Row(
+        label=label,
+        policies=(ordered[0].policy, ordered[-1].policy),
+        entries=float(np.mean([outcome.entries for outcome in outcomes])),
+        bytes=held,
+        peak_bytes=max(outcome.peak_bytes for outcome in outcomes),
+        slot_bytes=sample.slot_bytes[label],
+        deviation=held / float(np.mean([target for _, target in targets])) - 1 if targets else None,
+        worst_deviation=max((here / target - 1 for here, target in targets), key=abs, default=None),
+        scores={
+            metric.name: estimate(contest.values(label, metric), metric.statistic, sample.seed)
+            for metric in sample.metrics
+        },
+        baseline=contest.less(label, {metric.name: sample.baseline for metric in sample.metrics}),
+        rival=contest.less(label, rivals),
+        other=contest.less(label, others),
+        others=others,
+        relative=contest.relative(label),
+        outcomes=outcomes,
+    )

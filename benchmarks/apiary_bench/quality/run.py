@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,16 @@ from apiary_server.model.catalog import resolve
 # what a model's directory may hold that makes its outputs
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 # of ours, what asks, keeps and shows, and leaves outcomes as they are
-_AROUND = ("journal.py", "plots.py", "report.py", "settings.py", "statistics.py")
+_AROUND = (
+    "journal.py",
+    "plots.py",
+    "record.py",
+    "report.py",
+    "sample.py",
+    "settings.py",
+    "statistics.py",
+    "tables.py",
+)
 
 
 class Observer(Protocol):
@@ -46,13 +55,18 @@ class Stage:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.task.name} ({self.limits})"
+        return title(self.task.name, self.limits)
 
     @property
-    def limits(self) -> str:
+    def limits(self) -> dict[str, float]:
         """The budget, as far as the task uses it."""
-        words = {"entries": f"{self.budget.entries} entries", "ratio": f"{self.budget.ratio:g}x less"}
-        return ", ".join(words[use] for use in ("entries", "ratio") if use in self.task.budget)
+        return {use: getattr(self.budget, use) for use in sorted(self.task.budget)}
+
+
+def title(task: str, limits: Mapping[str, float]) -> str:
+    """A task and its budget, for people."""
+    words = {"entries": "{} entries", "ratio": "{:g}x less"}
+    return f"{task} ({', '.join(words[use].format(limit) for use, limit in limits.items())})"
 
 
 @dataclass(frozen=True, slots=True)

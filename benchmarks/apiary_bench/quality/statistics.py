@@ -48,6 +48,16 @@ def difference(values: Values, against: Values, statistic: Statistic, seed: int)
     )
 
 
+def ratio(values: Values, against: Values, statistic: Statistic, seed: int) -> Estimate | None:
+    """`statistic` of `values` as a part of that of `against`, paired as in `difference`. None where the
+    latter may be 0, by itself or in a resample: there is no such ratio."""
+    index = _resamples(len(values), seed)
+    part, whole = statistic(values[index]), statistic(against[index])
+    if not statistic(against) or not whole.all():
+        return None
+    return _interval(statistic(values) / statistic(against), part / whole)
+
+
 def _resamples(count: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
 

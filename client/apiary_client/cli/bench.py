@@ -86,10 +86,12 @@ def quality(
     """
     with server_extra("bench"):
         from apiary_bench.quality import plots as pictures
-        from apiary_bench.quality import report
+        from apiary_bench.quality import record, tables
         from apiary_bench.quality.bench import split_specs
         from apiary_bench.quality.journal import Journal
+        from apiary_bench.quality.report import sections
         from apiary_bench.quality.run import prepare, run
+        from apiary_bench.quality.sample import Sample
         from apiary_bench.quality.settings import Settings
 
         settings = Settings(
@@ -114,13 +116,44 @@ def quality(
             if partial is not None:
                 console.note(f"stopped; finished documents are in {partial}: the same command goes on")
             raise typer.Exit(130) from None
-        found = report.sections(settings, ready, results)
+        found = sections(Sample.of(settings, ready, each) for each in results)
         for section in found:
-            console.table(report.table(settings, section))
+            console.table(tables.table(section))
         if json is not None:
-            report.write(json, report.document(settings, found))
+            record.write(json, record.document(settings, found))
         if plots is not None:
-            pictures.draw(plots, ready, found)
+            pictures.draw(plots, ready, results, found)
+
+
+@app.command(
+    epilog=console.examples(
+        "apiary bench report quality.json",
+        "apiary bench report questions.json summaries.json --markdown >> docs/quality.md",
+    )
+)
+def report(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="What `apiary bench quality --json` wrote.")
+    ],
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Tables to paste into a page, without the peaks.")
+    ] = False,
+) -> None:
+    """Print the tables of finished quality runs again; nothing is measured.
+
+    Several runs are joined: policies of the same task, budget and documents stand in one table, and are
+    compared with each other.
+    """
+    with server_extra("bench"):
+        from apiary_bench.quality import record, tables
+        from apiary_bench.quality.report import sections
+
+        found = sections(sample for file in files for sample in record.read(file))
+        for section in found:
+            if markdown:
+                console.write(f"{tables.markdown(section)}\n\n")
+            else:
+                console.table(tables.table(section))
 
 
 class _Bars:

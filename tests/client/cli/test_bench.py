@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,28 @@ def test_a_missing_library_is_told_with_the_extra(monkeypatch: pytest.MonkeyPatc
     assert result.stderr == (
         "error: the benchmark's library matplotlib is missing: pip install 'apiary[bench]'\n"
     )
+
+
+def test_finished_runs_make_their_tables_again(tmp_path: Path) -> None:
+    score = {"kl": 0.25, "agreement": 0.5}
+    outcome = {"policy": "h2o", "bound": 9, "entries": 8, "bytes": 7.0, "peak_bytes": 9, "target_bytes": None}
+    settings = {"model": "tiny", "match": None, "seed": 0, "baseline": "full"}
+    for name in ("h2o", "buzz"):
+        rows = [{"label": each, "outcomes": [outcome | {"scores": score}]} for each in ("full", name)]
+        task = {"task": "fidelity", "budget": {"entries": 9}, "documents": 1, "policies": rows}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"settings": settings, "tasks": [task]}))
+    runner = CliRunner(env={"COLUMNS": "250"})
+    files = [str(tmp_path / "h2o.json"), str(tmp_path / "buzz.json")]
+    table = runner.invoke(app, ["bench", "report", *files])
+    assert table.exit_code == 0, table.stderr
+    page = runner.invoke(app, ["bench", "report", *files, "--markdown"])
+    assert page.stdout.startswith("### fidelity (9 entries), 1 documents\n\n| policy |")
+    for shown in (table.stdout, page.stdout):
+        lines = [line for line in shown.splitlines() if "0.2500 [0.2500, 0.2500]" in line]
+        assert [re.findall(r"\w+", line)[0] for line in lines] == ["full", "h2o", "buzz"]
+    missing = runner.invoke(app, ["bench", "report", str(tmp_path / "none.json")])
+    assert (missing.exit_code, missing.stdout) == (1, "")
+    assert "none.json cannot be read" in missing.stderr
 
 
 @pytest.mark.model

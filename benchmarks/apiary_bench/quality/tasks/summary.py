@@ -50,7 +50,7 @@ class Summary(Task[Article]):
     limit: int
     files: tuple[str, ...]
 
-    metrics = tuple(Metric(name, "higher", digits=2) for name in _ROUGE.values())
+    metrics = tuple(Metric(name, "higher", digits=2, relative=True) for name in _ROUGE.values())
     together = 4
     budget = frozenset({"ratio"})
 

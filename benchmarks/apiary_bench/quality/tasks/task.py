@@ -25,12 +25,14 @@ class Metric:
         better: which way.
         statistic: over documents.
         digits: behind the point, in tables.
+        relative: whether a part of the full cache's number says something.
     """
 
     name: str
     better: Literal["higher", "lower"]
     statistic: Statistic = mean
     digits: int = 3
+    relative: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class WikiText(Task[list[int]]):
     chunk: int = 64
 
     name = "wikitext"
-    metrics = (Metric("perplexity", "lower", perplexity, 2),)
+    metrics = (Metric("perplexity", "lower", perplexity, digits=2, relative=True),)
     limit = 20
     files = ("wikitext2.txt",)
     budget = frozenset({"entries"})
