@@ -97,24 +97,27 @@ def kept(bench: Bench, results: Results) -> Figure:
 
 
 def kept_shares(bench: Bench, results: Results) -> dict[str, NDArray[np.float32]]:
-    """For each policy but the full one, the share of heads that keep a token: `[layers, columns]`, where a
-    column stands for one position, or the mean of several."""
-    prompt = results.stage.task.prompt(results.stage.documents[0])
+    """For each policy but the full one, the share of heads that keep a token when the first document has been
+    read as the task reads it: `[layers, columns]`, where a column stands for one position, or the mean of
+    several."""
+    segments = results.stage.task.segments(results.stage.documents[0])
+    tokens = sum(map(len, segments))
     policies = [parse(outcome.policy) for outcome in results.outcomes[0]]
-    ensemble = Ensemble(bench.loaded, policies, len(prompt))
-    ensemble.resize(policies, 1)
+    ensemble = Ensemble(bench.loaded, policies, tokens)
+    ensemble.resize(policies, max(map(len, segments[1:]), default=1))  # the first is read in a trunk
     with torch.inference_mode():
-        ensemble.read(prompt)
-        ensemble.end(leave=True)
+        for segment in segments:
+            ensemble.read(segment)
+            ensemble.end()
     found = {}
     for contender, cache in zip(bench.contenders[1:], ensemble.caches[1:], strict=True):
         position = cache.buffers.position[:, :, : cache.n].long().cpu()
-        holds = torch.zeros(*position.shape[:2], len(prompt))
+        holds = torch.zeros(*position.shape[:2], tokens)
         holds.scatter_(-1, position, 1.0)
-        share = torch.nn.functional.adaptive_avg_pool1d(holds.mean(dim=1), min(_COLUMNS, len(prompt)))
+        share = torch.nn.functional.adaptive_avg_pool1d(holds.mean(dim=1), min(_COLUMNS, tokens))
         found[contender.label] = share.numpy()
     return found
 
 
 def _extent(stage: Stage, layers: int) -> tuple[float, float, float, float]:
-    return 0, len(stage.task.prompt(stage.documents[0])), layers, 0
+    return 0, sum(map(len, stage.task.segments(stage.documents[0]))), layers, 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from apiary_bench.quality.statistics import Estimate, difference, estimate, mean, perplexity
+from apiary_bench.quality.statistics import Estimate, difference, estimate, mean, perplexity, ratio
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
@@ -29,6 +29,21 @@ def test_a_difference_is_paired() -> None:
     noise = np.random.default_rng(2).normal(0, 100, size=50)
     found = difference(noise + 1, noise, mean, seed=0)
     assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
+
+
+def test_a_ratio_is_paired_and_of_the_numbers() -> None:
+    noise = np.random.default_rng(2).uniform(1, 100, size=50)
+    found = ratio(0.9 * noise, noise, mean, seed=0)
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((0.9, 0.9, 0.9))
+    found = ratio(np.log([2.0, 32.0]), np.log([2.0, 8.0]), perplexity, seed=0)
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((2, 1, 4))
+
+
+@pytest.mark.parametrize("against", [[0.0, 0.0], [0.0, 1.0]])
+def test_there_is_no_ratio_to_nothing(against: list[float]) -> None:
+    assert ratio(np.array([1.0, 2.0]), np.array(against), mean, seed=0) is None
 
 
 def test_the_seed_decides() -> None:

@@ -144,6 +144,9 @@ class Recall(Task[Conversation]):
     def prompt(self, document: Conversation) -> Sequence[int]:
         return document.opening
 
+    def segments(self, document: Conversation) -> Sequence[Sequence[int]]:
+        return [document.opening, *(turn.tokens for turn in document.turns)]
+
     def target(self, document: Conversation, budget: Budget) -> float:
         return budget.entries
 

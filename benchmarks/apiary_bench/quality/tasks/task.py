@@ -99,7 +99,12 @@ class Task(ABC, Generic[Document]):
 
     @abstractmethod
     def prompt(self, document: Document) -> Sequence[int]:
-        """The token ids of a document before anything is generated."""
+        """The token ids of a document before anything is asked or generated."""
+
+    def segments(self, document: Document) -> Sequence[Sequence[int]]:
+        """The token ids that a document feeds before anything is generated, cut where the cache considers
+        compaction: the prompt, whole."""
+        return [self.prompt(document)]
 
     @abstractmethod
     def target(self, document: Document, budget: Budget) -> float:

@@ -54,6 +54,9 @@ class WikiText(Task[list[int]]):
     def prompt(self, document: list[int]) -> Sequence[int]:
         return document
 
+    def segments(self, document: list[int]) -> Sequence[Sequence[int]]:
+        return [document[start:end] for start, end in self._chunks()]
+
     def target(self, document: list[int], budget: Budget) -> float:
         return budget.entries
 
