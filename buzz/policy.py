@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 import torch
 from torch import Tensor
 
-from buzz.quant import BITS
+from buzz.quant import BITS, BLOCK
 
 Positions = Literal["in_cache", "original"]
 MAX_BOUND = 2**20
@@ -113,8 +113,8 @@ class Policy(ABC):
         kivi: where set, entries are quantised to so many bits, 2 or 4, once they are no longer among the
             most recent (see `buzz.quant`).
         residual: with `kivi`, how many of the most recent entries are left as they are, at least: they are
-            quantised 32 at a time. A segment of several tokens may go down to half as many where it would
-            not fit its memory otherwise.
+            quantised 32 at a time, so the bound must have room for that many more. A segment of several
+            tokens may go down to half as many where it would not fit its memory otherwise.
         name: the policy's name in specifications such as `buzz(window=300)`.
         sizes: the settings that share the bound, beside what is fixed; `sized` scales them.
 
@@ -130,15 +130,7 @@ class Policy(ABC):
     sizes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not _conforms(value, hints[field.name]):
-                raise PolicyError(
-                    f"{self.name}: {field.name} must be {_words(hints[field.name])}, not {value!r}"
-                )
-            if type(value) is int and not 0 <= value <= MAX_BOUND:
-                raise PolicyError(f"{self.name}: {field.name}={value} is not between 0 and {MAX_BOUND}")
+        self._check_types()
         # None is a full cache's, until it is resolved
         if self.bound is not None and not 1 <= self.bound <= MAX_BOUND:
             raise PolicyError(
@@ -149,10 +141,7 @@ class Policy(ABC):
             raise PolicyError(
                 f"{self.name}: {len(self.states)} states are declared, and there is room for {MAX_STATES}"
             )
-        if self.kivi is not None and self.kivi not in BITS:
-            raise PolicyError(f"{self.name}: kivi={self.kivi} is not 2 or 4 bits, or none")
-        if self.kivi is None and self.residual != Policy.residual:
-            raise PolicyError(f"{self.name}: residual={self.residual} means nothing without kivi=2 or kivi=4")
+        self._check_kivi()
 
     def validate(self) -> None:  # noqa: B027  # most have nothing to refuse
         """Refuse settings that make no sense; called when a policy is made, after its types and bound were
@@ -232,6 +221,34 @@ class Policy(ABC):
                 text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
                 parts.append(f"{name}={text}")
         return f"{self.name}({','.join(parts)})" if parts else self.name
+
+    def _check_types(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _conforms(value, hints[field.name]):
+                raise PolicyError(
+                    f"{self.name}: {field.name} must be {_words(hints[field.name])}, not {value!r}"
+                )
+            if type(value) is int and not 0 <= value <= MAX_BOUND:
+                raise PolicyError(f"{self.name}: {field.name}={value} is not between 0 and {MAX_BOUND}")
+
+    def _check_kivi(self) -> None:
+        if self.kivi is None:
+            if self.residual != Policy.residual:
+                raise PolicyError(
+                    f"{self.name}: residual={self.residual} means nothing without kivi=2 or kivi=4"
+                )
+            return
+        if self.kivi not in BITS:
+            raise PolicyError(f"{self.name}: kivi={self.kivi} is not 2 or 4 bits, or none")
+        if self.bound is not None and self.bound < self.residual + BLOCK:
+            smaller = f"residual={self.bound - BLOCK} or less, or " if self.bound >= BLOCK else ""
+            raise PolicyError(
+                f"{self.name}: kivi={self.kivi} would quantise nothing: {BLOCK} entries at a time are "
+                f"quantised beside a residual of {self.residual}, and a bound of {self.bound} never holds so "
+                f"many; choose {smaller}a bound of {self.residual + BLOCK} or more"
+            )
 
     def _scaled(self, bound: int) -> dict[str, int]:
         """The settings that make the bound `bound`; policies override it whose sizes do not just add up."""

@@ -86,6 +86,20 @@ def test_a_policy_of_ones_own_is_checked_as_ours_are() -> None:
         Own(bound=0)
 
 
+def test_a_policy_that_would_quantise_nothing_is_refused() -> None:
+    assert parse("window(window=160,kivi=4)").sized(200).bound == 200
+    least = parse("window(window=32,kivi=2,residual=0)")
+    assert least.residual == 0
+    with pytest.raises(PolicyError, match="residual=127 or less, or a bound of 160 or more"):
+        parse("window(window=159,kivi=4)")
+    with pytest.raises(PolicyError, match=r"would quantise nothing: .*; choose a bound of 32 or more"):
+        parse("window(window=31,kivi=4,residual=0)")
+    with pytest.raises(PolicyError, match="would quantise nothing"):
+        parse("full(kivi=4)").resolve(159)
+    with pytest.raises(PolicyError, match="would quantise nothing"):
+        parse("buzz2(kivi=4)").sized(159)
+
+
 def test_only_attention_scores_that_are_needed_are_recorded() -> None:
     recorded = {policy.name: [state.name for state in policy.states] for policy in ALL}
     assert recorded["full"] == recorded["window"] == recorded["streaming"] == []

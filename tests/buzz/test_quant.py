@@ -377,5 +377,5 @@ def test_settings_that_make_no_sense_are_refused(spec: str, reason: str) -> None
 
 def test_settings_are_written_where_they_differ() -> None:
     assert "kivi" not in str(parse("h2o"))
-    assert str(parse("full(bound=9,kivi=4)")) == "full(bound=9,kivi=4)"
-    assert str(parse("full(kivi=2,residual=0,bound=9)")) == "full(bound=9,kivi=2,residual=0)"
+    assert str(parse("full(bound=900,kivi=4)")) == "full(bound=900,kivi=4)"
+    assert str(parse("full(kivi=2,residual=0,bound=90)")) == "full(bound=90,kivi=2,residual=0)"

@@ -155,7 +155,7 @@ def test_a_class_that_is_defined_again_takes_the_place_of_the_former() -> None:
     assert first is not second
     assert type(parse("again")) is second
     assert parse("again").bound == 8
-    with pytest.raises(PolicyError, match="'again' is taken by .*Again"):
+    with pytest.raises(PolicyError, match=r"'again' is taken by .*Again"):
         register(type("Other", (Newest,), {"name": "again"}))
 
 

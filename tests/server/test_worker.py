@@ -107,7 +107,7 @@ def test_a_full_cache_ends_at_the_last_position(
         ("buzz(sink=4,window=80,threshold=61)", "with 16 of slack that is more than the 160 of a workspace"),
         ("buzz", "the bound must be less"),
         (
-            "buzz(sink=4,window=20,threshold=20,kivi=4)",
+            "buzz(sink=4,window=20,threshold=20,kivi=4,residual=8)",
             "32 channels together, and the heads of this model have 8",
         ),
         ("nonsense", "unknown policy"),
