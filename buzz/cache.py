@@ -142,10 +142,9 @@ class Cache:
                 live = keys[:, : self.n - self.packed]
                 live.copy_(self.rotary.rotate(live, index - position[:, self.packed : self.n]))
             self.rotated_in_cache = True
-        if not self.policy.accumulates:
-            for state in self.policy.states:
-                if state.kind == "mass":
-                    self.buffers.state[state.name][:, :, : self.n] = 0
+        for state in self.policy.states:
+            if state.per == "segment":
+                self.buffers.state[state.name][:, :, : self.n] = 0
 
     def next_positions(self, count: int) -> range:
         """The rotary positions of the next `count` tokens."""

@@ -36,11 +36,22 @@ class State:
             over the keys in view); an entry starts at its own token.
         decay: `mass` only: what is there is multiplied by this before each query's weights are added, so
             that 1 is a sum and less forgets. Above 0 and at most 1.
+        per: `mass` only: `session` goes on, `segment` restarts at 0 when a segment begins.
+
+    Raises:
+        PolicyError: a vote has what only a mass can have, or the decay is out of range.
     """
 
     name: str
     kind: Literal["mass", "vote"] = "mass"
     decay: float = 1.0
+    per: Literal["session", "segment"] = "session"
+
+    def __post_init__(self) -> None:
+        if self.kind == "vote" and (self.decay, self.per) != (1.0, "session"):
+            raise PolicyError(f"state {self.name!r}: a vote has no decay, and none per segment")
+        if not 0 < self.decay <= 1:
+            raise PolicyError(f"state {self.name!r}: decay={self.decay} is not above 0 and at most 1")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,11 +181,6 @@ class Policy(ABC):
     def evicts(self) -> bool:
         """Whether it makes room past its bound; if not, its user must refuse what does not fit."""
         return self.due(self.bound + 1, 0)
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether masses accumulate over segments; if not, they restart at 0 when a segment begins."""
-        return True
 
     @property
     def log_n(self) -> int | None:

@@ -62,11 +62,7 @@ class Buzz(Policy):
 
     @property
     def states(self) -> tuple[State, ...]:
-        return (State("score"),)
-
-    @property
-    def accumulates(self) -> bool:
-        return self.accumulate
+        return (State("score", per="session" if self.accumulate else "segment"),)
 
     def due(self, n: int, sampled: int) -> bool:
         return n - self.sink - self.window > self.threshold

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buzz import Buffers, Cache, Compaction, Full, Policy, Rotary, Streaming, View, parse
+from buzz import Buffers, Cache, Compaction, Full, Policy, Rotary, State, Streaming, View, parse
 from tests.buzz.driver import Driver, Shape, assert_equal, assert_same, segments
 from tests.buzz.strategies import policies
 
@@ -272,6 +272,21 @@ def test_merges_compose_over_the_rounds_of_a_compaction(
         turned = oracle.rotate(key, place if mode == "in_cache" else tokens[0])
         np.testing.assert_allclose(driver.workspace.keys[0, 0, place], turned, atol=1e-12)
     assert driver.positions().tolist() == [[[0, 4, 8, 12]] * 2]
+
+
+def test_one_state_restarts_with_each_segment_and_the_other_goes_on() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Two(Halving):
+        @property
+        def states(self) -> tuple[State, ...]:
+            return (State("last", per="segment"), State("ever"))
+
+    driver = ready(Two())
+    for count in (2, 1, 1):
+        driver.segment([count])
+    last, ever = (driver.cache.buffers.state[name][0, 0, :4] for name in ("last", "ever"))
+    assert float(last.sum()) == pytest.approx(2)  # the last token's, from the two query heads of a KV head
+    assert float(ever.sum()) == pytest.approx(8)
 
 
 def test_a_policy_that_never_gets_done_is_an_error_not_a_hang() -> None:

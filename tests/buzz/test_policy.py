@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -98,6 +99,18 @@ def test_a_policy_that_would_quantise_nothing_is_refused() -> None:
         parse("full(kivi=4)").resolve(159)
     with pytest.raises(PolicyError, match="would quantise nothing"):
         parse("buzz2(kivi=4)").sized(159)
+
+
+@pytest.mark.parametrize("wrong", [{"decay": 0.5}, {"per": "segment"}])
+def test_a_vote_has_nothing_of_a_mass(wrong: dict[str, Any]) -> None:
+    with pytest.raises(PolicyError, match="state 'last': a vote has no decay"):
+        State("last", "vote", **wrong)
+
+
+@pytest.mark.parametrize("decay", [0, -0.5, 1.5, float("nan")])
+def test_a_decay_out_of_range_is_refused(decay: float) -> None:
+    with pytest.raises(PolicyError, match=r"state 'score': decay=.* is not above 0 and at most 1"):
+        State("score", decay=decay)
 
 
 def test_only_attention_scores_that_are_needed_are_recorded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -37,8 +38,8 @@ class Slab:
 
     def states(self, policies: Sequence[Policy]) -> tuple[State, ...]:
         """All that these policies record, under this slab's names."""
-        found = {_key(policy, state): state for policy in policies for state in policy.states}
-        return tuple(State(key, state.kind, state.decay) for key, state in found.items())
+        found = {_key(state): state for policy in policies for state in policy.states}
+        return tuple(replace(state, name=key) for key, state in found.items())
 
     def memory(self, index: int | slice) -> Buffers:
         """One slot, or several with a leading dimension; states under this slab's names."""
@@ -48,7 +49,7 @@ class Slab:
     def slot(self, index: int, policy: Policy) -> Buffers:
         """One slot, with the policy's states under the policy's names, and nothing quantised there."""
         memory = self.memory(index)
-        state = {state.name: memory.state[_key(policy, state)] for state in policy.states}
+        state = {state.name: memory.state[_key(state)] for state in policy.states}
         packed = None
         if policy.kivi is not None:
             layers, kv_heads, _, head_dim = memory.keys.shape
@@ -56,5 +57,5 @@ class Slab:
         return Buffers(memory.keys, memory.values, memory.position, state, packed)
 
 
-def _key(policy: Policy, state: State) -> str:
-    return f"{state.kind} {state.decay} {policy.accumulates}"
+def _key(state: State) -> str:
+    return f"{state.kind} {state.decay} {state.per}"

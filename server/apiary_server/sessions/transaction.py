@@ -167,7 +167,7 @@ class Transaction:
 
     def _until_compaction(self, tokens: int) -> int:
         cache = self.cache
-        if not cache.policy.accumulates:
+        if any(state.per == "segment" for state in cache.policy.states):
             return 1
         count = 1
         while count < tokens and not cache.settles(count):

@@ -14,8 +14,7 @@ def test_defaults_are_the_authors() -> None:
     assert (policy.sink, policy.window, policy.threshold, policy.stride) == (4, 160, 400, 5)
     assert policy.bound == 564
     assert [(state.name, state.kind, state.decay) for state in policy.states] == [("score", "mass", 1)]
-    assert policy.accumulates
-    assert not Buzz(accumulate=False).accumulates
+    assert [state.per for state in (*policy.states, *Buzz(accumulate=False).states)] == ["session", "segment"]
 
 
 def test_each_cell_keeps_each_heads_most_attended_entry() -> None:
