@@ -1,10 +1,11 @@
 """What a policy's work costs of a decode step: `make bench-policies`.
 
-For each policy some sessions lie at rest in neighbouring slots and decode together, as in a worker, for whole
-compaction periods. A step is one forward pass, in which attention records what the policy asks for, and the
-end of each session's segment: compaction, rotation, quantisation. The policies take turns, a period each, so
-that all see the same machine. `window` records nothing and its attention is fused: what others take longer is
-their work. Prints a table (stderr) and a JSON object (stdout).
+Each policy is scaled to hold equally many entries on average. Some sessions lie at rest in neighbouring slots
+and decode together, as in a worker, for whole compaction periods. A step is one forward pass, in which
+attention records what the policy asks for, and the end of each session's segment: compaction, rotation,
+quantisation. The policies take turns, a period each, so that all see the same machine. `window` records
+nothing and its attention is fused: what others take longer is their work. Prints a table (stderr) and a JSON
+object (stdout).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from apiary_bench.quality.memory import Segment
+from apiary_bench.quality.sizing import fit
 from apiary_server.model.catalog import resolve
 from apiary_server.model.loader import LoadedModel, load
 from apiary_server.model.runner import Piece, Runner
@@ -32,14 +35,14 @@ BASELINE = "window"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One policy: milliseconds of a step, and how much longer it is than the baseline's."""
+    """One policy as it ran, milliseconds of a step, and the share of it that the baseline does not need."""
 
     policy: str
     entries: float
     forward_ms: float
     settle_ms: float
     step_ms: float
-    over_window: float
+    work: float
 
 
 class Sessions:
@@ -84,6 +87,13 @@ class Sessions:
         return forwards, settles, entries
 
 
+def equal(policy: Policy, entries: int, loaded: LoadedModel) -> Policy:
+    """The policy with the bound at which it holds `entries` on average while it decodes."""
+    most = loaded.rotary.max_positions - 1
+    trace = (Segment(2 * entries, 0), *[Segment(1, 1)] * (4 * entries))
+    return fit(policy, trace, entries, loaded.geometry, most, "entries").policy
+
+
 def measure(loaded: LoadedModel, policies: list[Policy], count: int, periods: int) -> list[Row]:
     """Time each policy over `periods` compaction periods."""
     console = Console(stderr=True)
@@ -108,7 +118,7 @@ def measure(loaded: LoadedModel, policies: list[Policy], count: int, periods: in
             1000 * statistics.median(forwards[policy]),
             1000 * statistics.mean(settles[policy]),
             1000 * steps[policy],
-            steps[policy] / steps[policies[0]] - 1,
+            1 - steps[policies[0]] / steps[policy],
         )
         for policy in policies
     ]
@@ -119,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a policy's work costs of a decode step.")
     parser.add_argument("--model", default="smollm2-135m", help="a pulled model or a directory")
     parser.add_argument("--sessions", type=int, default=16, help="that decode together")
-    parser.add_argument("--entries", type=int, default=564, help="bound of each policy")
+    parser.add_argument("--entries", type=int, default=564, help="held on average")
     parser.add_argument("--periods", type=int, default=2, help="compaction periods to measure")
     parser.add_argument("--policies", nargs="*", help="beside window; default: all that evict")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
@@ -127,9 +137,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     specs = arguments.policies or [name for name in names() if name not in {BASELINE, "full"}]
     loaded = load(resolve(arguments.model), torch.device("cpu"), torch.float32, torch.float32)
-    policies = [parse(spec).sized(arguments.entries) for spec in [BASELINE, *specs]]
+    policies = [equal(parse(spec), arguments.entries, loaded) for spec in [BASELINE, *specs]]
     rows = measure(loaded, policies, arguments.sessions, arguments.periods)
-    table = Table("policy", "entries", "forward ms", "settle ms", "step ms", "over window")
+    table = Table("policy", "entries", "forward ms", "settle ms", "step ms", "policy work")
     for row in rows:
         table.add_row(
             row.policy,
@@ -137,7 +147,7 @@ def main() -> None:
             f"{row.forward_ms:.1f}",
             f"{row.settle_ms:.1f}",
             f"{row.step_ms:.1f}",
-            f"{row.over_window:+.1%}",
+            f"{row.work:.1%}",
         )
     Console(stderr=True).print(table)
     json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
