@@ -67,10 +67,12 @@ class Sessions:
             place.memory.copy_(self._places[0].memory)
             cache.restore(first.state())
 
-    def period(self) -> tuple[list[float], list[float], list[int]]:
+    def period(self) -> tuple[list[float], list[float], list[float]]:
         """Decode until all have compacted once; seconds of each forward pass and of what follows it, and
         entries."""
-        forwards, settles, entries = [], [], []
+        forwards: list[float] = []
+        settles: list[float] = []
+        entries: list[float] = []
         evicted = self._caches[0].evicted
         while self._caches[0].evicted == evicted:
             began = time.perf_counter()
@@ -101,13 +103,13 @@ def measure(loaded: LoadedModel, policies: list[Policy], count: int, periods: in
     sessions = [Sessions(loaded, policy, count) for policy in filled]
     forwards: dict[Policy, list[float]] = {policy: [] for policy in policies}
     settles: dict[Policy, list[float]] = {policy: [] for policy in policies}
-    entries: dict[Policy, list[int]] = {policy: [] for policy in policies}
+    entries: dict[Policy, list[float]] = {policy: [] for policy in policies}
     for number in track(range(periods + 1), "decoding", console=console, transient=True):
         for each in sessions:
             timed = each.period()
             if number:  # the first one warms up
                 for kept, new in zip((forwards, settles, entries), timed, strict=True):
-                    kept[each.policy] += new  # type: ignore[operator]
+                    kept[each.policy] += new
     steps = {
         policy: statistics.median(forwards[policy]) + statistics.mean(settles[policy]) for policy in policies
     }
