@@ -66,21 +66,43 @@ class Buffers:
         Raises:
             ValueError: entries cannot be quantised so.
         """
+        shapes = cls.shapes(layers, kv_heads, capacity, head_dim, dtype, bits, packed, dense)
+        tensors = {name: torch.zeros(shape, dtype=kind, device=device) for name, kind, shape in shapes}
+        position, wide = tensors["position"], {torch.float32: torch.promote_types(dtype, torch.float32)}
+        return cls(
+            keys=tensors["keys"],
+            values=tensors["values"],
+            position=position,
+            state={s.name: torch.zeros_like(position, dtype=wide.get(s.dtype, s.dtype)) for s in states},
+            packed=None if bits is None else Packed.of(tensors),
+        )
+
+    @staticmethod
+    def shapes(
+        layers: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        bits: int | None = None,
+        packed: int = 0,
+        dense: int | None = None,
+    ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of each tensor that `empty` makes of these, those of `Packed` included; each
+        state has the shape of `position` beside.
+
+        Raises:
+            ValueError: entries cannot be quantised so.
+        """
         if packed and bits is None:
             raise ValueError(f"memory for {packed} quantised entries needs to know their bits")
-        shape = (layers, kv_heads, capacity)
         entries = (layers, kv_heads, capacity if dense is None else dense, head_dim)
-        wide = {torch.float32: torch.promote_types(dtype, torch.float32)}
-        return cls(
-            keys=torch.zeros(entries, dtype=dtype, device=device),
-            values=torch.zeros(entries, dtype=dtype, device=device),
-            position=torch.zeros(shape, dtype=torch.int32, device=device),
-            state={
-                state.name: torch.zeros(shape, dtype=wide.get(state.dtype, state.dtype), device=device)
-                for state in states
-            },
-            packed=None if bits is None else Packed.empty(layers, kv_heads, packed, head_dim, bits, device),
-        )
+        return [
+            ("keys", dtype, entries),
+            ("values", dtype, entries),
+            ("position", torch.int32, (layers, kv_heads, capacity)),
+            *([] if bits is None else Packed.shapes(layers, kv_heads, packed, head_dim, bits)),
+        ]
 
     @property
     def capacity(self) -> int:

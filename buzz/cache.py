@@ -11,7 +11,6 @@ from buzz.attention import Record
 from buzz.buffers import Buffers
 from buzz.merging import goals, merged
 from buzz.policy import Compaction, Policy, View
-from buzz.quant import BLOCK
 from buzz.rotary import Rotary
 
 
@@ -112,7 +111,7 @@ class Cache:
     def settles(self, count: int = 0) -> bool:
         """Whether the segment's end, after `count` more tokens, would compact or quantise."""
         n, packed = self.n + count, self._packed_for(count)
-        return self.policy.due(n, self.sampled) or self._packed_at_rest(n, packed) > packed
+        return self.policy.due(n, self.sampled) or self.policy.quantised(n, packed) > packed
 
     def makes_room(self, count: int) -> bool:
         """Whether a segment of `count` tokens would first quantise entries, since it would not fit."""
@@ -198,7 +197,7 @@ class Cache:
         target = self.buffers if into is None else into
         outcome = self._compact() if self.due else None
         evicted = 0 if outcome is None else self.n - outcome.index.shape[-1]
-        packed = self._packed_at_rest(self.n - evicted, max(0, self.packed - evicted))
+        packed = self.policy.quantised(self.n - evicted, max(0, self.packed - evicted))
         self._require(target, self.n - evicted, packed)
         self._move(target, packed, outcome)
         self.evicted += evicted
@@ -240,12 +239,6 @@ class Cache:
         if self.policy.kivi is None:
             return 0
         return max(self.packed, self.n + count - self.buffers.dense)
-
-    def _packed_at_rest(self, n: int, packed: int) -> int:
-        """How many of `n` entries are packed when a segment has ended, where `packed` were."""
-        if self.policy.kivi is None or n - packed < self.policy.residual + BLOCK:
-            return packed
-        return n - self.policy.residual
 
     def _require(self, buffers: Buffers, n: int, packed: int = 0) -> None:
         bits = self.policy.kivi

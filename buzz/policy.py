@@ -195,6 +195,12 @@ class Policy(ABC):
     def compact(self, view: View) -> Compaction:
         """Apply the rule once; the caller repeats while `due`."""
 
+    def quantised(self, n: int, packed: int) -> int:
+        """How many of `n` entries at a segment's end will lie in few bits, where the first `packed` do."""
+        if self.kivi is None or n - packed < self.residual + BLOCK:
+            return packed
+        return n - self.residual
+
     def sized(self, bound: int) -> Self:
         """This policy at another bound: its `sizes` in proportion, all else as it is.
 

@@ -100,11 +100,6 @@ class Packed:
         Raises:
             ValueError: `bits` is not 2 or 4, or entries of that head_dim cannot be grouped.
         """
-        if bits not in BITS or (capacity and head_dim % GROUP):
-            raise ValueError(
-                f"entries are quantised to 2 or 4 bits in groups of {GROUP} channels; "
-                f"{bits} bits and a head_dim of {head_dim} are not possible"
-            )
         shapes = cls.shapes(layers, kv_heads, capacity, head_dim, bits)
         return cls.of({name: torch.zeros(shape, dtype=dtype, device=device) for name, dtype, shape in shapes})
 
@@ -117,7 +112,16 @@ class Packed:
     def shapes(
         layers: int, kv_heads: int, capacity: int, head_dim: int, bits: int
     ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of each tensor."""
+        """Name, dtype and shape of each tensor.
+
+        Raises:
+            ValueError: `bits` is not 2 or 4, or entries of that head_dim cannot be grouped.
+        """
+        if bits not in BITS or (capacity and head_dim % GROUP):
+            raise ValueError(
+                f"entries are quantised to 2 or 4 bits in groups of {GROUP} channels; "
+                f"{bits} bits and a head_dim of {head_dim} are not possible"
+            )
         codes = (layers, kv_heads, capacity, head_dim * bits // 8)
         grid = (layers, kv_heads, capacity, head_dim // GROUP, 2)
         return [

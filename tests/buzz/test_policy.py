@@ -162,3 +162,10 @@ def test_a_policy_that_cannot_be_scaled_says_so(sizes: tuple[str, ...]) -> None:
     Fixed.sizes = sizes
     with pytest.raises(PolicyError, match=r"^fixed.* names no sizes that could be scaled to a bound of 100"):
         Fixed().sized(100)
+
+
+def test_entries_are_quantised_a_block_at_a_time_beside_the_residual() -> None:
+    policy = parse("h2o(kivi=4,residual=10)")
+    assert [policy.quantised(n, 0) for n in (9, 41, 42, 100)] == [0, 0, 32, 90]
+    assert [policy.quantised(n, 32) for n in (42, 73, 74)] == [32, 32, 64]
+    assert H2O().quantised(500, 0) == 0

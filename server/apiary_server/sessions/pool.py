@@ -70,16 +70,20 @@ class SlotLayout:
         return cls(geometry, entries, MAX_STATES, bits=BITS[0])
 
     def _tensors(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        shape = (self.geometry.layers, self.geometry.kv_heads, self.capacity)
-        dense = self.capacity if self.dense is None else self.dense
-        entries = (*shape[:2], dense, self.geometry.head_dim)
-        tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]
-        tensors = [("keys", self.geometry.dtype, entries), ("values", self.geometry.dtype, entries)]
-        tensors += [("position", torch.int32, shape)]
+        shape = self.geometry
+        tensors = Buffers.shapes(
+            shape.layers,
+            shape.kv_heads,
+            self.capacity,
+            shape.head_dim,
+            shape.dtype,
+            self.bits,
+            self.packed,
+            self.dense,
+        )
         if self.states:
-            tensors += [(name, torch.float32, (self.states, *shape)) for name in ("state", "saved_state")]
-        if self.bits is not None:
-            tensors += Packed.shapes(*shape[:2], self.packed, self.geometry.head_dim, self.bits)
+            states = (self.states, shape.layers, shape.kv_heads, self.capacity)
+            tensors += [(name, torch.float32, states) for name in ("state", "saved_state")]
         return tensors
 
     @property
