@@ -202,7 +202,6 @@ class _Chunk:
     """One session's tokens: which columns they are, where they go, and by what to move them."""
 
     row: int
-    live: Buffers
     count: int
     columns: slice | Tensor
     delta: Tensor | None
@@ -222,7 +221,7 @@ class Prompt:
                 span = cache.next_positions(count)
                 wanted = torch.arange(span.start, span.stop, device=given.device)
                 delta = _difference(wanted, given[row, columns])
-                self._chunks.append(_Chunk(row, cache.live, count, columns, delta))
+                self._chunks.append(_Chunk(row, count, columns, delta))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As `Step.attend`; zeros where there is padding."""
@@ -233,7 +232,7 @@ class Prompt:
             queries, keys = _move(self._batch.rotary, queries, keys, chunk.delta)
             output[row, columns] = attend_chunk(
                 queries,
-                *chunk.live.extend(layer, cache.n, keys, value[row][:, columns]),
+                *cache.extend(layer, keys, value[row][:, columns]),
                 scale,
                 cache.records(layer, cache.n + chunk.count),
                 cache.seen,

@@ -165,7 +165,9 @@ class Buffers:
             )
 
     def extend(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a session's entries from `start` on, and read all up to them.
+        """Write a session's entries from `start` on, and read all up to them; see `Cache.extend`.
+
+        Where entries are quantised, these have to be a cache's `live` buffers.
 
         Args:
             layer: which.

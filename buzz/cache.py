@@ -38,7 +38,7 @@ class Cache:
         for step in cuts:                       # sum(cuts) == count
             cache.prepare(step)
             ...                                 # rotate queries and keys to cache.next_positions(step),
-            ...                                 # write with cache.live.extend(layer, n, keys, values),
+            ...                                 # write with cache.extend(layer, keys, values),
             ...                                 # attend with records=cache.records(layer, n + step)
             cache.append(step)
         evicted = cache.end_segment()
@@ -59,8 +59,8 @@ class Cache:
     Attributes:
         policy: the rule; a `full` policy should be resolved.
         rotary: the model's rotary embedding.
-        buffers: where the entries live; the first `n` of each layer and head are used. What `live` is of
-            them can be read and extended.
+        buffers: where the entries live; the first `n` of each layer and head are used. To be read and
+            extended as `live` only, which knows what is quantised of them.
         n: entries in each layer and head.
         sampled: middle entries that an earlier compaction sampled.
         seen: tokens ever appended.
@@ -88,7 +88,7 @@ class Cache:
 
     @property
     def live(self) -> Buffers:
-        """The memory as it is used now, to read and extend until the next segment begins or ends."""
+        """The memory as it is used now, for batches of it to be read and extended until the segment ends."""
         packed = self.buffers.packed
         if packed is None or not self.packed:
             return self.buffers
@@ -175,6 +175,19 @@ class Cache:
     def records(self, layer: int, end: int) -> list[Record]:
         """What attention over the first `end` entries of a layer must record."""
         return [Record(s, self.buffers.state[s.name][layer, :, :end]) for s in self.policy.states]
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a step's entries of a layer, and read all up to them.
+
+        Args:
+            layer: which.
+            keys: rotated to `next_positions`, `[H, count, head_dim]`.
+            values: the same.
+
+        Returns:
+            Rotated keys and values, `[H, n + count, head_dim]`, n not counting the step's until `append`.
+        """
+        return self.live.extend(layer, self.n, keys, values)
 
     def append(self, count: int) -> None:
         """Count the entries that a step wrote at `[n, n + count)` of each layer."""

@@ -141,11 +141,11 @@ class Driver:
         cache, count, self.steps = self.cache, len(query), self.steps + 1
         turned, keys, values = self.turned(query, key, value)
         cache.prepare(count)
-        live, end = cache.live, cache.n + count
+        end = cache.n + count
         scale, log_n = self.shape.head_dim**-0.5, self.policy.log_n
         outputs = []
         for layer, q in enumerate(turned):
-            k, v = live.extend(layer, cache.n, keys[layer], values[layer])
+            k, v = cache.extend(layer, keys[layer], values[layer])
             records = cache.records(layer, end)
             if count == 1:
                 batch = (t.unsqueeze(0) for t in (q[:, 0], k, v))
