@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apiary_bench.quality.sample import Sample, join
+from apiary_bench.quality.sample import Sample
 from apiary_bench.quality.sizing import TOLERANCE
 from apiary_bench.quality.statistics import Estimate, Values, difference, estimate, ratio
 from apiary_bench.quality.tasks.task import Metric, Outcome
@@ -123,12 +123,8 @@ class _Contest:
 
 
 def sections(samples: Iterable[Sample]) -> list[Section]:
-    """Estimate everything, of samples that are joined first.
-
-    Raises:
-        BenchError: they cannot be joined.
-    """
-    return [_section(sample) for sample in join(samples)]
+    """Estimate everything."""
+    return [_section(sample) for sample in samples]
 
 
 def _section(sample: Sample) -> Section:

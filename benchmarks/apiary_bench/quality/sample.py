@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from apiary_bench.errors import BenchError
+from apiary_bench.errors import BenchError, SettingsError
 from apiary_bench.quality.bench import Bench
 from apiary_bench.quality.run import Results, title
 from apiary_bench.quality.settings import Settings
@@ -77,6 +77,18 @@ class Sample:
         """The task's, as far as the outcomes have them: a task may have got another one since."""
         scored = self.outcomes["full"][0].scores
         return [metric for metric in TASKS[self.task].metrics if metric.name in scored]
+
+    def only(self, labels: Sequence[str]) -> Sample:
+        """Without other policies; `full` and the baseline stay.
+
+        Raises:
+            SettingsError: one of them did not run.
+        """
+        for label in labels:
+            if label not in self.outcomes:
+                raise SettingsError(f"{label} did not run; those that did: {', '.join(self.outcomes)}")
+        kept = {"full", self.baseline, *labels}
+        return replace(self, outcomes={label: each for label, each in self.outcomes.items() if label in kept})
 
     def joined(self, other: Sample) -> Sample:
         """With the policies of another run of the task over the same documents.

@@ -87,7 +87,6 @@ def quality(
     with server_extra("bench"):
         from apiary_bench.quality import plots as pictures
         from apiary_bench.quality import record, tables
-        from apiary_bench.quality.bench import split_specs
         from apiary_bench.quality.journal import Journal
         from apiary_bench.quality.report import sections
         from apiary_bench.quality.run import prepare, run
@@ -97,7 +96,7 @@ def quality(
         settings = Settings(
             data=data,
             tasks=tuple(_listed(task)),
-            policies=tuple(spec for text in policies or () for spec in split_specs(text)),
+            policies=tuple(_specs(policies)),
             limit=limit,
             model=model,
             entries=tuple(_numbers("--entries", entries, int)),
@@ -135,6 +134,10 @@ def report(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="What `apiary bench quality --json` wrote.")
     ],
+    policies: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPECS", help="Only these, as they were written then. Default: all."),
+    ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Tables to paste into a page, without the peaks.")
     ] = False,
@@ -147,8 +150,12 @@ def report(
     with server_extra("bench"):
         from apiary_bench.quality import record, tables
         from apiary_bench.quality.report import sections
+        from apiary_bench.quality.sample import join
 
-        found = sections(sample for file in files for sample in record.read(file))
+        samples = join(sample for file in files for sample in record.read(file))
+        if asked := _specs(policies):
+            samples = [sample.only(asked) for sample in samples]
+        found = sections(samples)
         for section in found:
             if markdown:
                 console.write(f"{tables.markdown(section)}\n\n")
@@ -189,6 +196,12 @@ def _match(text: str) -> Literal["bytes", "entries"]:
     if text == "entries":
         return "entries"
     console.fail(f"--match takes bytes or entries, not {text!r}", code=2)
+
+
+def _specs(values: Sequence[str] | None) -> list[str]:
+    from apiary_bench.quality.bench import split_specs
+
+    return [spec for value in values or () for spec in split_specs(value)]
 
 
 def _listed(values: Sequence[str] | None) -> list[str]:

@@ -91,6 +91,12 @@ def test_finished_runs_make_their_tables_again(tmp_path: Path) -> None:
     for shown in (table.stdout, page.stdout):
         lines = [line for line in shown.splitlines() if "0.2500 [0.2500, 0.2500]" in line]
         assert [re.findall(r"\w+", line)[0] for line in lines] == ["full", "h2o", "buzz"]
+    one = runner.invoke(app, ["bench", "report", *files, "--policies", "buzz"]).stdout
+    assert "buzz" in one
+    assert "h2o" not in one
+    unknown = runner.invoke(app, ["bench", "report", *files, "--policies", "elastic"])
+    assert (unknown.exit_code, unknown.stdout) == (1, "")
+    assert "elastic did not run; those that did: full, h2o, buzz" in unknown.stderr
     missing = runner.invoke(app, ["bench", "report", str(tmp_path / "none.json")])
     assert (missing.exit_code, missing.stdout) == (1, "")
     assert "none.json cannot be read" in missing.stderr
