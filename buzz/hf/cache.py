@@ -1,43 +1,25 @@
-"""The drop-in for transformers: `model.generate(..., past_key_values=BuzzCache(model, "buzz"))`.
-
-A model of transformers hands each layer's new keys and values to its cache (`Cache.update`), and what it
-gets back to its attention function. Both are its public places for extensions: `BuzzCache.update` returns
-the keys as a tensor that knows its cache, and the attention function that the model is switched to
-(`buzz|sdpa`: ours over the former one) attends in that cache, or, given any other keys, calls the former
-function. So calls with and without a `BuzzCache`, in turn or in threads, never touch each other.
-"""
+"""The cache for transformers."""
 
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NoReturn, Self
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers import Cache as TransformersCache
-from transformers.masking_utils import causal_mask_function
+from transformers import PreTrainedModel
 
 from buzz.batch import Batch, Prompt, Step
 from buzz.cache import Cache
+from buzz.hf.attention import FORMER, Keys, PaddingOnly
+from buzz.hf.errors import UnsupportedError
+from buzz.hf.support import adopt, rotary_of
 from buzz.policies.full import Full
 from buzz.policy import Policy, PolicyError
 from buzz.quant import GROUP
 from buzz.registry import parse
-from buzz.rotary import Rotary
-
-_FORMER = {"buzz|sdpa": "sdpa", "buzz|eager": "eager"}  # named as transformers names paged|eager
-_UNSERVED = ("sliding_window", "softcap", "s_aux", "position_bias")  # what attention may be asked for
-_EAGER = "eager_attention_forward"  # what every model's file calls it
-_adopted: WeakSet[PreTrainedModel] = WeakSet()  # models that passed the check
-
-
-class UnsupportedError(ValueError):
-    """A model, or a way to use it, that a `BuzzCache` does not serve; the message says why and what to do."""
 
 
 class BuzzCache(TransformersCache):
@@ -82,7 +64,7 @@ class BuzzCache(TransformersCache):
     def __init__(self, model: PreTrainedModel, policy: str | Policy) -> None:
         super().__init__(layers=[])
         rule = parse(policy) if isinstance(policy, str) else policy
-        self._rotary = _rotary_of(model)
+        self._rotary = rotary_of(model)
         self._config = model.config
         self._depth: int = model.config.num_hidden_layers
         self.policy = rule.resolve(self._rotary.max_positions)
@@ -95,7 +77,9 @@ class BuzzCache(TransformersCache):
                 f"heads of {head_dim}; use a policy without kivi"
             )
         self.reset()
-        _adopt(model)
+        trial = copy.copy(self)
+        trial.policy = Full().resolve(self._rotary.max_positions)
+        adopt(model, trial)
 
     @property
     def rows(self) -> Sequence[Cache]:
@@ -117,7 +101,7 @@ class BuzzCache(TransformersCache):
         """
         if torch.compiler.is_compiling():
             raise UnsupportedError("a BuzzCache cannot be part of a model's graph; call it uncompiled")
-        if self._config._attn_implementation not in _FORMER:
+        if self._config._attn_implementation not in FORMER:
             raise UnsupportedError(
                 f"the model's attention was switched to {self._config._attn_implementation} after this cache "
                 "was made; switch it back: model.set_attn_implementation('buzz|sdpa')"
@@ -129,7 +113,7 @@ class BuzzCache(TransformersCache):
             )
         if key_states.requires_grad:
             raise UnsupportedError("a BuzzCache has no gradients; call the model under torch.no_grad()")
-        keys = key_states.as_subclass(_Keys)
+        keys = key_states.as_subclass(Keys)
         keys.cache = self
         return keys, value_states
 
@@ -139,7 +123,7 @@ class BuzzCache(TransformersCache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """A mask's key length and offset; the length's type asks for the padding mask as it is."""
-        return _PaddingOnly(self._columns + query_length), 0
+        return PaddingOnly(self._columns + query_length), 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """The most tokens of a row; -1: any number."""
@@ -208,7 +192,7 @@ class BuzzCache(TransformersCache):
         twin.batch_select_indices(torch.arange(len(self.rows)))
         return twin
 
-    def _attend(
+    def attend(
         self,
         module: nn.Module,
         query: Tensor,
@@ -218,7 +202,23 @@ class BuzzCache(TransformersCache):
         position_ids: Tensor | None,
         scale: float,
     ) -> Tensor:
-        """The attention of the layer that is due: `[B, T, query_heads, head_dim]`."""
+        """What the attention function calls: the attention of the layer that is due.
+
+        Args:
+            module: the model's attention module.
+            query: `[B, query_heads, T, head_dim]`, rotated to `position_ids`.
+            key: `[B, kv_heads, T, head_dim]`, rotated likewise.
+            value: the same.
+            mask: the padding mask, `[B, tokens seen and new]`; None where there is no padding.
+            position_ids: integer `[B, T]` or `[1, T]`, as the model counted.
+            scale: factor on the logits.
+
+        Returns:
+            `[B, T, query_heads, head_dim]`.
+
+        Raises:
+            UnsupportedError, PolicyError: see the class.
+        """
         if self._call is None:
             if getattr(module, "config", self._config) is not self._config:
                 raise UnsupportedError("the cache was made for another model: BuzzCache(model, ...)")
@@ -275,147 +275,4 @@ class BuzzCache(TransformersCache):
             raise UnsupportedError(
                 f"{need} entries, held and new, exceed the model's {self._rotary.max_positions} positions; "
                 f"cut the prompt: generate(..., prefill_chunk_size={left})"
-            )
-
-
-class _Keys(Tensor):
-    """A layer's new keys, on their way from `BuzzCache.update` to the attention function."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    cache: BuzzCache
-
-
-class _PaddingOnly(int):
-    """The key length of a mask for a `BuzzCache`."""
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    *,
-    former: str,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention function: over a `BuzzCache` if the keys come from one, else the former one."""
-    if not isinstance(key, _Keys):
-        attend = _function(module, former)
-        return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    asked = [name for name in _UNSERVED if kwargs.get(name) is not None]
-    asked += [name for name in ("dropout", "output_attentions") if kwargs.get(name)]
-    if asked:
-        raise UnsupportedError(f"the model's attention asks for {', '.join(asked)}, which is not served")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    positions = kwargs.get("position_ids")
-    plain = key.as_subclass(Tensor)
-    return key.cache._attend(module, query, plain, value, attention_mask, positions, scale), None
-
-
-def _mask(*, former: str, kv_length: int, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """transformers' mask function: the padding mask as it is for a `BuzzCache`, else the former one's."""
-    if not isinstance(kv_length, _PaddingOnly):
-        make = AttentionMaskInterface()[former]
-        return make(kv_length=kv_length, attention_mask=attention_mask, **kwargs)
-    if kwargs.get("mask_function") is not causal_mask_function:
-        raise UnsupportedError("the model masks more than the future and padding, which is not served")
-    return attention_mask
-
-
-def _function(module: nn.Module, former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The former attention function; `eager` is that of the file in which the module is written."""
-    if former == "eager":
-        files = (vars(sys.modules[base.__module__]) for base in type(module).__mro__)
-        found = next((file[_EAGER] for file in files if _EAGER in file), None)
-    else:
-        found = AttentionInterface()[former]
-    if found is None:
-        raise UnsupportedError(
-            f"{type(module).__name__} has no function for eager attention; load it with sdpa"
-        )
-    function: Callable[..., tuple[Tensor, Tensor | None]] = found
-    return function
-
-
-for _name, _former in _FORMER.items():
-    AttentionInterface.register(_name, partial(_attention, former=_former))
-    AttentionMaskInterface.register(_name, partial(_mask, former=_former))
-
-
-def _rotary_of(model: PreTrainedModel) -> Rotary:
-    """The model's rotary embedding, unless the configuration shows already that it cannot be served."""
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(f"a model of transformers is needed, not a {type(model).__name__}")
-    config, name = model.config, type(model).__name__
-    if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
-        raise UnsupportedError(f"{name} is not a plain decoder; only those are served")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if getattr(config, "sliding_window", None) is not None:
-        kinds.add(f"sliding_attention over {config.sliding_window} tokens")
-    if kinds != {"full_attention"}:
-        raise UnsupportedError(
-            f"{name} has layers of {', '.join(sorted(kinds))}; only full attention is served"
-        )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedError(f"{name} has attention of its own, which cannot be replaced")
-    inv_freq = getattr(getattr(model.base_model, "rotary_emb", None), "inv_freq", None)
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if inv_freq is None or not getattr(config, "max_position_embeddings", None):
-        raise UnsupportedError(f"{name} has no rotary positions that could be moved")
-    if kind in {"dynamic", "longrope"}:
-        raise UnsupportedError(f"{name} has rotary positions of type {kind}, which change with the length")
-    if model.training:
-        raise UnsupportedError("the model is in training mode; call model.eval() first")
-    return Rotary(inv_freq.detach().clone(), config.max_position_embeddings)
-
-
-def _adopt(model: PreTrainedModel) -> None:
-    """Switch the model to our attention, and check it when it is met first."""
-    former = model.config._attn_implementation
-    if former not in _FORMER:
-        if former not in _FORMER.values():
-            raise UnsupportedError(
-                f"the model's attention implementation is {former}; set_attn_implementation('sdpa') first"
-            )
-        model.set_attn_implementation(f"buzz|{former}")
-    if model in _adopted:
-        return
-    _adopted.add(model)  # now, since the check makes a cache
-    try:
-        _check(model)
-    except BaseException:
-        _adopted.discard(model)
-        model.set_attn_implementation(former)
-        raise
-
-
-@torch.no_grad()
-def _check(model: PreTrainedModel) -> None:
-    """Compare the logits and keys of a few tokens with the model's own. Each part has its tokens rotated to
-    other positions, which shows attention, layers and conventions of rotation that are not as ours."""
-    cache, plain = BuzzCache(model, Full()), DynamicCache()
-    tokens = (torch.arange(1, 9, device=model.device) % model.config.vocab_size)[None]
-    places = torch.arange(8, device=model.device)[None]
-    theirs = model(tokens, past_key_values=plain, use_cache=True).logits
-    parts = [(slice(0, 5), 40), (slice(5, 7), 3), (slice(7, 8), 90)]
-    try:
-        ours = [
-            model(
-                tokens[:, part], position_ids=places[:, part] + shift, past_key_values=cache, use_cache=True
-            )
-            for part, shift in parts
-        ]
-    except RuntimeError as error:  # shapes that do not fit
-        raise UnsupportedError(f"{type(model).__name__} cannot run over a BuzzCache: {error}") from error
-    held = cache.rows[0].buffers.keys[:, :, :8]
-    pairs = [(torch.cat([part.logits for part in ours], dim=1), theirs)]
-    pairs += [(mine, keys[0]) for mine, (keys, *_) in zip(held, plain, strict=True)]
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    for mine, own in pairs:
-        if not torch.allclose(mine.float(), own.float(), atol=tolerance * float(own.abs().max()), rtol=0):
-            raise UnsupportedError(
-                f"{type(model).__name__} attends or rotates in a way that is not served: a few tokens over a "
-                f"full cache differ by {float((mine - own).abs().max()):.3g} from the model's own"
             )

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,122 +10,27 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    CohereConfig,
     DynamicCache,
-    Gemma2Config,
-    GemmaConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from apiary_server.model import catalog
-from buzz import Buffers, Cache, PolicyError, Rotary, parse
+from buzz import PolicyError
 from buzz.hf import BuzzCache, UnsupportedError
-
-CONFIGS = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "gemma": GemmaConfig,
-}
-OWN: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": None},
-    "qwen3": {"head_dim": 12},
-    "gemma": {"head_dim": 16, "num_key_value_heads": 1},
-}
-LENGTH = 64
-SMALL = (
-    "buzz(sink=2,window=8,threshold=12,stride=4)",
-    "h2o(heavy=8,recent=10,block=3)",
-    "streaming(sink=2,window=16,block=4)",
+from tests.buzz.hf.models import (
+    LENGTH,
+    MERGING,
+    ORIGINAL,
+    OTHERS,
+    PROMPTS,
+    QUANTISED,
+    SMALL,
+    generate,
+    kept,
+    logits,
+    padded,
+    tokens,
 )
-OTHERS = (
-    "window(window=18,block=4)",
-    "corm(budget=18,recent=6,queries=8,block=3)",
-    "cascade(sink=2,cascades=2,size=8,block=3)",
-)
-MERGING = "elastic(sink=2,heavy=12,recent=2,distance=4,block=3)"
-ORIGINAL = "h2o(heavy=8,recent=10,block=3,positions=original)"
-QUANTISED = (
-    "h2o(heavy=24,recent=24,block=3,kivi=4,residual=4)",
-    "streaming(sink=2,window=46,block=4,positions=original,kivi=2,residual=0)",
-)
-
-
-def sized(config: Callable[..., Any], **own: Any) -> Any:
-    sizes = {
-        "vocab_size": 61,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": LENGTH,
-        "initializer_range": 0.4,  # large enough that what attention does shows in the tokens
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    return config(**sizes | own)
-
-
-def model_of(config: Any, attention: str = "sdpa") -> PreTrainedModel:
-    torch.manual_seed(11)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return model_of(sized(CONFIGS[request.param], **OWN.get(request.param, {})))
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return model_of(sized(LlamaConfig))
-
-
-@pytest.fixture(scope="module")
-def wide() -> PreTrainedModel:
-    """Its heads are so wide that entries can be quantised."""
-    return model_of(sized(LlamaConfig, head_dim=32))
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(1, 61, shape, generator=torch.Generator().manual_seed(seed))
-
-
-PROMPTS = [tokens(count, seed=count) for count in (5, 19, 33)]
-
-
-def padded(prompts: Sequence[Tensor]) -> dict[str, Tensor]:
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.stack([torch.cat([prompt.new_zeros(longest - len(prompt)), prompt]) for prompt in prompts])
-    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
-
-
-def generate(
-    model: PreTrainedModel, ids: Tensor | dict[str, Tensor], cache: Any, new: int, **how: Any
-) -> Any:
-    inputs = ids if isinstance(ids, dict) else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return model.generate(**inputs, past_key_values=cache, max_new_tokens=new, **{"do_sample": False, **how})
-
-
-def logits(model: PreTrainedModel, ids: Tensor, cache: Any = None, **how: Any) -> Tensor:
-    with torch.no_grad():
-        return model(ids, past_key_values=cache, use_cache=cache is not None, **how).logits
-
-
-def kept(cache: BuzzCache, row: int = 0) -> Tensor:
-    held = cache.rows[row]
-    return held.buffers.position[:, :, : held.n]
 
 
 def test_full_is_the_dynamic_cache(model: PreTrainedModel) -> None:
@@ -196,54 +100,6 @@ def test_every_architecture_runs_past_the_model_like_a_batch_of_one(model: PreTr
     assert [row.n <= cache.policy.bound for row in cache.rows] == [True] * 3
 
 
-@pytest.mark.parametrize("spec", SMALL + OTHERS)
-def test_in_cache_positions_are_those_of_the_kept_tokens_alone(spec: str) -> None:
-    """With one layer and head keys depend on their tokens alone, so attention over a cache must be the plain
-    model over the kept tokens."""
-    model = model_of(sized(LlamaConfig, num_hidden_layers=1, num_key_value_heads=1))
-    cache, ids = BuzzCache(model, spec), tokens(1, 90)
-    logits(model, ids[:, :15], cache)
-    for at in range(15, 90):
-        before = kept(cache).flatten().long()
-        step = logits(model, ids[:, at : at + 1], cache)[0, -1]
-        alone = logits(model, torch.cat([ids[:, before], ids[:, at : at + 1]], dim=1))[0, -1]
-        torch.testing.assert_close(step, alone, atol=1e-4, rtol=0)
-    assert cache.rows[0].evicted > 60
-
-
-def test_original_positions_are_the_plain_model_under_a_mask(llama: PreTrainedModel) -> None:
-    policy = parse("streaming(sink=2,window=16,block=4,positions=original)")
-    cache, ids = BuzzCache(llama, policy), tokens(1, LENGTH)
-    driven = Cache(policy, Rotary.of(8, LENGTH), Buffers.empty(1, 1, 64, 8, torch.float32, "cpu"))
-    seen = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
-    steps = []
-    for count in [24] + [1] * 40:
-        start = driven.seen
-        before = driven.buffers.position[0, 0, : driven.n].long()
-        driven.begin_segment(count)
-        driven.prepare(count)
-        driven.append(count)
-        driven.end_segment()
-        seen[start : start + count, before] = True
-        seen[start : start + count, start : start + count] = torch.ones(count, count).tril().bool()
-        steps.append(logits(llama, ids[:, start : start + count], cache))
-        assert (kept(cache) == driven.buffers.position[:, :, : driven.n]).all()
-    assert driven.evicted == LENGTH - driven.n > 40
-    expected = logits(llama, ids, attention_mask=seen[None, None])
-    torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("far", [1000, 100_000])
-def test_how_far_the_model_counted_does_not_matter(llama: PreTrainedModel, far: int) -> None:
-    near, distant, ids = BuzzCache(llama, SMALL[2]), BuzzCache(llama, SMALL[2]), tokens(1, 60)
-    for at in range(0, 60, 10):
-        place = torch.arange(at, at + 10)[None]
-        expected = logits(llama, ids[:, at : at + 10], near, position_ids=place)
-        moved = logits(llama, ids[:, at : at + 10], distant, position_ids=place + far)
-        # float32 angles: the model's own rounding grows with the position
-        torch.testing.assert_close(moved, expected, atol=3e-6 * far, rtol=0)
-
-
 @pytest.mark.parametrize("spec", ["full", *SMALL])
 def test_two_calls_are_one(llama: PreTrainedModel, spec: str) -> None:
     prompts = padded(PROMPTS)
@@ -288,63 +144,6 @@ def test_padding_may_stand_anywhere(llama: PreTrainedModel) -> None:
     logits(llama, tokens(2, 1), cache, attention_mask=mask)
     assert [row.seen for row in cache.rows] == [25, 31]
     assert kept(cache, 0).equal(kept(alone))
-
-
-def test_the_model_is_as_before_without_the_cache(model: PreTrainedModel) -> None:
-    fresh = copy.deepcopy(model)
-    fresh.set_attn_implementation("sdpa")
-    batch = padded(PROMPTS)
-    expected, generated = logits(fresh, **batch_of(batch)), generate(fresh, batch, None, 10)
-    generate(model, batch, BuzzCache(model, SMALL[0]), 10)
-    assert model.config._attn_implementation == "buzz|sdpa"
-    assert logits(model, **batch_of(batch)).equal(expected)
-    assert generate(model, batch, None, 10).equal(generated)
-    assert generate(model, batch, DynamicCache(), 10).equal(generated)
-
-
-def batch_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-
-
-def test_eager_attention_stays_eager() -> None:
-    config = sized(LlamaConfig)
-    model, fresh = model_of(config, "eager"), model_of(copy.deepcopy(config), "eager")
-    ids = generate(model, padded(PROMPTS), BuzzCache(model, "full"), 20)
-    assert ids.equal(generate(fresh, padded(PROMPTS), None, 20))
-    assert model.config._attn_implementation == "buzz|eager"
-    with torch.no_grad():
-        mine = model(PROMPTS[1][None], output_attentions=True)
-        theirs = fresh(PROMPTS[1][None], output_attentions=True)
-    assert mine.logits.equal(theirs.logits)
-    assert [a.equal(b) for a, b in zip(mine.attentions, theirs.attentions, strict=True)] == [True] * 2
-
-
-def test_caches_in_turn_and_in_threads_do_not_meet(llama: PreTrainedModel) -> None:
-    expected = [generate(llama, prompt[None], BuzzCache(llama, SMALL[0]), 25)[0] for prompt in PROMPTS]
-    plain = generate(llama, PROMPTS[1][None], None, 25)
-    caches = [BuzzCache(llama, SMALL[0]) for _ in PROMPTS]
-    rows = list(PROMPTS)
-    for _ in range(25):
-        for index, cache in enumerate(caches):
-            new = rows[index][cache.get_seq_length() :]
-            chosen = logits(llama, new[None], cache)[0, -1].argmax()
-            rows[index] = torch.cat([rows[index], chosen[None]])
-            logits(llama, new[None])
-    assert [a.equal(b) for a, b in zip(rows, expected, strict=True)] == [True] * 3
-
-    outcomes: dict[int, Tensor] = {}
-
-    def work(index: int) -> None:
-        cache = BuzzCache(llama, SMALL[0]) if index < 3 else None
-        outcomes[index] = generate(llama, PROMPTS[index % 3 if cache else 1][None], cache, 25)[0]
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [outcomes[index].equal(expected[index]) for index in range(3)] == [True] * 3
-    assert outcomes[3].equal(plain[0])
 
 
 def test_a_copy_continues_on_its_own(llama: PreTrainedModel) -> None:
@@ -426,50 +225,6 @@ def test_half_precision_and_inference_mode_work(llama: PreTrainedModel) -> None:
         first = generate(half, tokens(1, 12), cache, 20)
     assert cache.rows[0].buffers.keys.dtype == torch.bfloat16
     assert len(generate(half, first, cache, 20)[0]) == 52
-
-
-def dynamic() -> Any:
-    return sized(LlamaConfig, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (lambda: sized(GPT2Config), "has no rotary positions"),
-        (lambda: sized(MistralConfig, sliding_window=8), "sliding_attention over 8 tokens"),
-        (lambda: sized(Gemma2Config, head_dim=8), "layers of full_attention, sliding_attention"),
-        (lambda: sized(CohereConfig), "rotates in a way that is not served"),  # interleaved
-        (lambda: sized(SmolLM3Config, num_hidden_layers=4), "rotates in a way that is not served"),  # NoPE
-        (dynamic, "positions of type dynamic"),
-    ],
-    ids=["gpt2", "mistral", "gemma2", "cohere", "smollm3", "dynamic"],
-)
-def test_models_that_are_not_served_are_refused_and_left_alone(
-    config: Callable[[], Any], reason: str
-) -> None:
-    model = model_of(config(), "eager")
-    before = logits(model, tokens(1, 9))
-    with pytest.raises(UnsupportedError, match=reason):
-        BuzzCache(model, SMALL[0])
-    assert model.config._attn_implementation == "eager"
-    assert logits(model, tokens(1, 9)).equal(before)
-
-
-def test_what_is_no_decoder_at_rest_is_refused(llama: PreTrainedModel) -> None:
-    small = T5Config(vocab_size=61, d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8)
-    with pytest.raises(UnsupportedError, match="not a plain decoder"):
-        BuzzCache(T5ForConditionalGeneration(small), "buzz")
-    with pytest.raises(UnsupportedError, match="not a Linear"):
-        BuzzCache(torch.nn.Linear(2, 2), "buzz")  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match="is in training mode"):
-        BuzzCache(copy.deepcopy(llama).train(), "streaming(sink=1,window=8)")
-    flexible = copy.deepcopy(llama)
-    flexible.set_attn_implementation("flex_attention")
-    with pytest.raises(UnsupportedError, match="set_attn_implementation"):
-        BuzzCache(flexible, SMALL[0])
-    for spec, reason in (("buzz(", "is not a policy"), ("streaming(sink=4,window=60)", "must be less")):
-        with pytest.raises(PolicyError, match=reason):
-            BuzzCache(llama, spec)
 
 
 def test_ways_to_generate_that_take_back_tokens_are_refused(llama: PreTrainedModel) -> None:
