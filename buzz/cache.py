@@ -9,7 +9,8 @@ from torch import Tensor
 
 from buzz.attention import Record
 from buzz.buffers import Buffers
-from buzz.merging import goals, merged
+from buzz.compaction import compact
+from buzz.moving import Move
 from buzz.policy import Compaction, Policy, View
 from buzz.rotary import Rotary
 
@@ -265,123 +266,38 @@ class Cache:
             raise ValueError(f"policy {self.policy} needs the state {min(missing)!r}, which the buffers lack")
 
     def _compact(self) -> Compaction:
-        """Apply the rule until it is content; index is then `[L, H, m]`, and all the states are given."""
         buffers, n = self.buffers, self.n
         state = {s.name: buffers.state[s.name][:, :, :n] for s in self.policy.states}
         norm = self._value_norm() if self.policy.weighs_values else None
-        view = View(self.sampled, self.seen, buffers.position[:, :, :n], state, norm)
-        keep, merge = view.span(0, n), None
-        while self.policy.due(view.n, view.sampled):
-            step = self.policy.compact(view)
-            index = step.index
-            if index.shape[:-1] != keep.shape[:-1] or not index.shape[-1]:
-                layers, heads = keep.shape[:-1]
-                raise RuntimeError(
-                    f"policy {self.policy} returned survivors of shape {list(index.shape)}, and not "
-                    f"[{layers}, {heads}, m], m at least 1"
-                )
-            if (index.shape[-1], step.sampled) == (view.n, view.sampled):
-                raise RuntimeError(
-                    f"policy {self.policy} is due at {view.n} entries and its compaction changes nothing"
-                )
-            if step.merge is not None or merge is not None:
-                past = goals(keep, self.n) if merge is None else merge
-                goal = goals(index, view.n) if step.merge is None else step.merge
-                merge = goal.gather(-1, past.clamp(min=0)).where(past >= 0, past)
-            keep = keep.gather(-1, index)
-            state = {name: step.state.get(name, old.gather(-1, index)) for name, old in view.state.items()}
-            norm = None if norm is None else norm.gather(-1, index)
-            view = View(step.sampled, self.seen, view.position.gather(-1, index), state, norm)
-        return Compaction(keep, view.sampled, view.state, merge)
+        return compact(self.policy, View(self.sampled, self.seen, buffers.position[:, :, :n], state, norm))
 
     def _value_norm(self) -> Tensor:
-        """`[L, H, n]`, at least float32: squares overflow float16. A layer at a time, like `_move`."""
+        """`[L, H, n]`, at least float32: squares overflow float16. A layer at a time, as in moving."""
         live, n, wide = self.live, self.n, torch.promote_types(self.buffers.keys.dtype, torch.float32)
         values = (live.read(layer, n, self._wide)[1] for layer in range(len(self.buffers.keys)))
         return torch.stack([torch.linalg.vector_norm(layer, dim=-1, dtype=wide) for layer in values])
 
     def _move(self, target: Buffers, packed: int, outcome: Compaction | None = None) -> None:
-        """Write the entries, or the survivors of `outcome`, to `target`, the first `packed` of them packed.
-
-        One layer at a time, so that temporary memory stays a layer's.
-        """
-        source, n, elsewhere = self.live, self.n, target is not self.buffers
-        stays = outcome is None and packed >= self.packed and target.fits(n, self.packed)
-        if elsewhere and stays:
-            target.copy_from(self.buffers, n, self.packed)
-        elif elsewhere:
-            target.copy_records(self.buffers, n if outcome is None else 0)
-        for layer in range(len(target.keys) if packed > self.packed or not stays else 0):
-            if stays:
-                self._write(target, layer, self.packed, packed, *self._unpacked(target, layer))
-            else:
-                self._write(target, layer, 0, packed, *self._survivors(source, target, layer, outcome))
+        """Write the entries, or the survivors of `outcome`, to `target`, the first of them packed."""
+        Move(
+            source=self.live,
+            target=target,
+            n=self.n,
+            before=self.packed,
+            after=packed,
+            outcome=outcome,
+            measured=self.measured,
+            rotary=self.rotary,
+            in_cache=self.rotated_in_cache,
+            dtype=self._wide,
+        ).run()
         self.measured |= packed > 0
         self.buffers, self.packed = target, packed
         if outcome is not None:
             self.n, self.sampled = outcome.index.shape[-1], outcome.sampled
-            for name, kept in outcome.state.items():
-                target.state[name][:, :, : self.n] = kept
-
-    def _unpacked(self, target: Buffers, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of the keys and values that are not packed, and where the keys are."""
-        dense = slice(0, self.n - self.packed)
-        keys, values = (t[layer, :, dense].to(self._wide, copy=True) for t in (target.keys, target.values))
-        return keys, values, self._places(target.position[layer, :, : self.n])[..., self.packed :]
-
-    def _survivors(
-        self, source: Buffers, target: Buffers, layer: int, outcome: Compaction | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """All keys at their new positions and values, and where the keys are; writes original positions."""
-        keys, values = source.read(layer, self.n, self._wide)
-        position = source.position[layer, :, : self.n]
-        place = self._places(position)
-        if outcome is None:
-            return keys, values, place
-        index = outcome.index[layer]
-        if outcome.merge is None:
-            keys, values = _select(keys, index), _select(values, index)
-        else:
-            merge = outcome.merge[layer]
-            keys, values = merged(keys, values, place.expand_as(merge), index, merge, self.rotary)
-        position = position.gather(-1, index)
-        target.position[layer, :, : index.shape[-1]] = position
-        place = self._places(position)
-        return self.rotary.rotate(keys, place - index) if self.rotated_in_cache else keys, values, place
-
-    def _write(
-        self,
-        target: Buffers,
-        layer: int,
-        start: int,
-        end: int,
-        keys: Tensor,
-        values: Tensor,
-        place: Tensor,
-    ) -> None:
-        """Write entries from `start` on, up to `end` packed."""
-        count, all_of_them = end - start, keys.shape[-2]
-        if target.packed is not None and count:
-            if not self.measured:
-                target.packed.measure(layer, self.rotary.rotate(keys, -place))
-            unrotated = self.rotary.rotate(keys[:, :count], -place[..., :count])
-            target.packed.write(layer, start, unrotated, values[:, :count])
-        target.keys[layer, :, : all_of_them - count] = keys[:, count:]
-        target.values[layer, :, : all_of_them - count] = values[:, count:]
-
-    def _places(self, position: Tensor) -> Tensor:
-        """The positions to which the keys of entries `[H, n]` at these original ones are rotated."""
-        if not self.rotated_in_cache:
-            return position.long()
-        return torch.arange(position.shape[-1], device=position.device)
 
     @property
     def _wide(self) -> torch.dtype:
         """In which dtype entries are moved: where they are quantised nothing may be rounded between."""
         dtype = self.buffers.keys.dtype
         return dtype if self.policy.kivi is None else torch.promote_types(dtype, torch.float32)
-
-
-def _select(entries: Tensor, index: Tensor) -> Tensor:
-    """Of `[H, n, head_dim]` the entries `index` `[H, m]`; head by head, since that is twice as fast."""
-    return torch.stack([head.index_select(0, kept) for head, kept in zip(entries, index, strict=True)])

@@ -289,25 +289,6 @@ def test_one_state_restarts_with_each_segment_and_the_other_goes_on() -> None:
     assert float(ever.sum()) == pytest.approx(8)
 
 
-def test_a_policy_that_never_gets_done_is_an_error_not_a_hang() -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Stuck(Policy):
-        name: ClassVar[str] = "stuck"
-
-        @property
-        def bound(self) -> int:
-            return 4
-
-        def due(self, n: int, sampled: int) -> bool:
-            return n > 4
-
-        def compact(self, view: View) -> Compaction:
-            return Compaction(view.span(0, view.n), view.sampled)
-
-    with pytest.raises(RuntimeError, match="changes nothing"):
-        ready(Stuck()).segment([5])
-
-
 @pytest.mark.parametrize("shape", [(1, 2, 0), (3,), (2, 3)])
 def test_survivors_of_the_wrong_shape_are_an_error_and_change_nothing(shape: tuple[int, ...]) -> None:
     class Wrong(Halving):
