@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import buzz
-from buzz import names, parse, registry
+from buzz import Buffers, Policy, names, parse, registry
 from tests.buzz.driver import Driver, Shape, segments
 
 README = (Path(buzz.__file__).parent / "README.md").read_text(encoding="utf-8")
@@ -47,6 +48,48 @@ def test_with_your_own_attention(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(cache, buzz.Cache)
     assert (cache.n, cache.evicted, cache.seen) == (353, 549, 902)
     assert capsys.readouterr().out.startswith("353 549 tensor([[")
+
+
+def resting(policy: Policy, head_dim: int, dtype: torch.dtype) -> Buffers:
+    """What it says that a quantised session rests in."""
+    assert "capacity=policy.bound + 1" in README
+    assert "packed=policy.bound - policy.residual, dense=policy.residual + 32" in README
+    return Buffers.empty(
+        layers=1,
+        kv_heads=2,
+        capacity=policy.bound + 1,
+        head_dim=head_dim,
+        dtype=dtype,
+        device="cpu",
+        states=policy.states,
+        bits=policy.kivi,
+        packed=policy.bound - policy.residual,
+        dense=policy.residual + 32,
+    )
+
+
+def test_quantised_sessions_rest_where_it_says() -> None:
+    policy = parse("h2o(heavy=30,recent=40,block=3,kivi=4,residual=8)")
+    driver = Driver(policy, Shape(head_dim=32), seed=3, slot=True)  # with a workspace of packed=0
+    rest, packed = resting(policy, 32, torch.float64), 0
+    for cuts in segments(seed=4, steps=200):
+        alone = cuts == [1] and driver.cache.buffers is rest
+        driver.slot = None if alone else rest
+        driver.segment(cuts)
+        assert driver.cache.buffers is rest
+        packed = max(packed, driver.cache.packed)
+    assert driver.cache.evicted > 50
+    assert packed > 50
+
+
+def test_what_quantised_sessions_take_is_as_it_says() -> None:
+    memory = resting(parse("h2o(kivi=4)"), 64, torch.float32)
+    assert memory.packed is not None
+    codes = memory.packed.tensors[:-1]
+    assert sum(tensor[0, 0, 0].nbytes for tensor in codes) == 80
+    entries = sum(tensor[0, 0].nbytes for tensor in (memory.keys, memory.values, *codes))
+    assert entries == 436 * 80 + 160 * 512 == 116_800
+    assert "436 entries of 80 bytes and 160 of 512 a KV head and layer, 117 KB" in README
 
 
 @pytest.mark.usefixtures("known")
