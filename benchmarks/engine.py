@@ -81,7 +81,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--policy", default="buzz")
+    parser.add_argument("--policy", default="buzz2")
     parser.add_argument("--sessions", default="1,4,16", help="comma-separated numbers of sessions")
     parser.add_argument("--prompt", type=int, default=600, help="prompt tokens of each session")
     parser.add_argument("--output", type=int, default=64, help="tokens that each session generates")

@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     # memory
     cache_budget: Bytes = 2**30
     parked_budget: Bytes = 4 * 2**30
-    policy: str = "buzz"
+    policy: str = "buzz2"
     slack: int = Field(64, ge=1, le=4096, description="entries a slot has beyond the bound")
     workspaces: int = Field(1, ge=1, le=16)
     workspace_entries: int = Field(4096, ge=128, le=2**20)

@@ -75,7 +75,7 @@ def serve(
         str | None, _flag(_MEMORY, "SIZE", "4GiB", "Host memory for idle sessions that made room.")
     ] = None,
     policy: Annotated[
-        str | None, _flag(_MEMORY, "SPEC", "buzz", "Cache policy of sessions that name none.")
+        str | None, _flag(_MEMORY, "SPEC", "buzz2", "Cache policy of sessions that name none.")
     ] = None,
     slack: Annotated[str | None, _flag(_MEMORY, "N", "64", "Entries a slot has beyond the bound.")] = None,
     workspaces: Annotated[str | None, _flag(_MEMORY, "N", "1", "Prefill workspaces.")] = None,

@@ -35,7 +35,7 @@ TOKENS = 64
 
 @pytest.fixture(scope="module")
 def engine(default_model: Path) -> Engine:
-    return build(Settings.load(model=str(default_model), threads=1, policy="buzz", cache_budget="1GiB"))
+    return build(Settings.load(model=str(default_model), threads=1, cache_budget="1GiB"))
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +141,11 @@ def test_buzz_batched_agrees_with_alone(engine: Engine) -> None:
     policies = [
         "buzz(sink=4,window=16,threshold=48)",
         "buzz(sink=4,window=16,threshold=48,positions=original)",
+        "buzz2(sink=4,window=16,hot=30,cells=18)",
     ]
     text = " ".join(PROMPTS) * 2
     ids = engine.tokenize(request(text).input)  # type: ignore[arg-type]
-    cases = [(policies[i % 2], ids[i * 17 : i * 17 + 100 + 20 * i], 30 + 20 * i) for i in range(5)]
+    cases = [(policies[i % 3], ids[i * 17 : i * 17 + 100 + 20 * i], 30 + 20 * i) for i in range(6)]
     alone = []
     for case in cases:
         session = Forced(engine, *case)
