@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 
 from apiary_server.sessions.pool import Geometry
-from buzz import Policy, View
-from buzz.quant import BLOCK, Packed
+from buzz import Buffers, Policy, View
+from buzz.compaction import compact
 
 _POSITION_BYTES = 4
 _STATE_BYTES = 4
@@ -65,13 +65,11 @@ def plain_bytes(entries: float, geometry: Geometry) -> float:
 def held_bytes(policy: Policy, n: int, packed: int, geometry: Geometry) -> int:
     """What a cache of `n` entries a head and layer takes under `policy`, where it has quantised `packed` of
     them: keys, values, positions and states."""
-    heads = geometry.layers * geometry.kv_heads
-    beside = _POSITION_BYTES + _STATE_BYTES * len(policy.states)
-    total = heads * (n * beside + (n - packed) * 2 * geometry.head_dim * geometry.dtype.itemsize)
-    if policy.kivi is not None and packed:
-        shapes = Packed.shapes(geometry.layers, geometry.kv_heads, packed, geometry.head_dim, policy.kivi)
-        total += sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in shapes)
-    return total
+    g = geometry
+    bits = policy.kivi if packed else None
+    shapes = Buffers.shapes(g.layers, g.kv_heads, n, g.head_dim, g.dtype, bits, packed, n - packed)
+    tensors = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in shapes)
+    return tensors + g.layers * g.kv_heads * n * _STATE_BYTES * len(policy.states)
 
 
 @lru_cache(maxsize=2**16)
@@ -88,7 +86,7 @@ def footprint(policy: Policy, trace: Trace, geometry: Geometry) -> Footprint:
     highest = peak = packed = 0
     for number, (segment, (before, after)) in enumerate(zip(trace, counts(policy, trace), strict=True)):
         held = held_bytes(policy, before, packed, geometry)
-        packed = quantised(policy, before, after, packed)
+        packed = policy.quantised(after, max(0, packed - (before - after)))
         rest = held_bytes(policy, after, packed, geometry)
         entries += segment.readers * after
         total += segment.readers * rest
@@ -110,17 +108,9 @@ def counts(policy: Policy, trace: Trace) -> Iterator[tuple[int, int]]:
         position = torch.cat([position, fresh[None]], dim=-1)
         seen += segment.tokens
         before = position.shape[-1]
-        while policy.due(position.shape[-1], sampled):
+        if policy.due(before, sampled):
             zeros = {state.name: torch.zeros(position.shape, dtype=state.dtype) for state in policy.states}
-            outcome = policy.compact(View(sampled, seen, position, zeros, torch.zeros(position.shape)))
-            position = position.gather(-1, outcome.index.expand(1, -1))
+            outcome = compact(policy, View(sampled, seen, position, zeros, torch.zeros(position.shape)))
+            position = position.gather(-1, outcome.index)
             sampled = outcome.sampled
         yield before, position.shape[-1]
-
-
-def quantised(policy: Policy, before: int, after: int, packed: int) -> int:
-    """How many entries are quantised after a segment, where `packed` of `before` were; see `buzz.Cache`."""
-    packed = max(0, packed - (before - after))
-    if policy.kivi is None or after - packed < policy.residual + BLOCK:
-        return packed
-    return after - policy.residual

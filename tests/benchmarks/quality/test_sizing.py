@@ -18,7 +18,6 @@ from apiary_bench.quality.memory import (
     generation,
     held_bytes,
     plain_bytes,
-    quantised,
 )
 from apiary_bench.quality.sizing import TOLERANCE, fit
 from apiary_server.sessions.pool import Geometry
@@ -88,6 +87,6 @@ def test_counts_are_those_of_real_caches(spec: str, bench: Callable[..., Bench])
         cache = ensemble.caches[1]
         assert cache.n == before
         ensemble.end()
-        packed = quantised(policy, before, after, packed)
+        packed = policy.quantised(after, max(0, packed - (before - after)))
         assert (cache.n, cache.packed) == (after, packed)
     assert cache.evicted
