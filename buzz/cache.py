@@ -55,7 +55,8 @@ class Cache:
 
     A policy with `kivi` has all but its most recent entries quantised, whenever a segment ends; how many
     depends on counts, and on which segments went through a workspace. What was quantised once keeps its
-    codes: survivors are read, chosen and quantised again without loss (see `buzz.quant`).
+    codes: survivors are read, chosen and quantised again without loss (see `buzz.quant`). Below float32 that
+    holds while they stay packed; those that come back among the most recent are rounded there.
 
     Attributes:
         policy: the rule; a `full` policy should be resolved.
