@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from transformers.masking_utils import causal_mask_function
 
 from buzz.hf.errors import UnsupportedError
 
-if TYPE_CHECKING:
-    from buzz.hf.cache import BuzzCache
-
 FORMER = {"buzz|sdpa": "sdpa", "buzz|eager": "eager"}  # named as transformers names paged|eager
 
 _UNSERVED = ("sliding_window", "softcap", "s_aux", "position_bias")  # what attention may be asked for
@@ -24,10 +21,14 @@ _EAGER = "eager_attention_forward"  # what every model's file calls it
 
 
 class Keys(Tensor):
-    """A layer's new keys, on their way from `BuzzCache.update` to the attention function."""
+    """A layer's new keys, on their way from `BuzzCache.update` to the attention function.
+
+    Attributes:
+        attend: `BuzzCache.attend` of the cache that they come from.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    cache: BuzzCache
+    attend: Callable[..., Tensor]
 
 
 class PaddingOnly(int):
@@ -56,7 +57,7 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     positions = kwargs.get("position_ids")
     plain = key.as_subclass(Tensor)
-    return key.cache.attend(module, query, plain, value, attention_mask, positions, scale), None
+    return key.attend(module, query, plain, value, attention_mask, positions, scale), None
 
 
 def _mask(*, former: str, kv_length: int, attention_mask: Tensor | None, **kwargs: Any) -> Any:

@@ -114,7 +114,7 @@ class BuzzCache(TransformersCache):
         if key_states.requires_grad:
             raise UnsupportedError("a BuzzCache has no gradients; call the model under torch.no_grad()")
         keys = key_states.as_subclass(Keys)
-        keys.cache = self
+        keys.attend = self.attend
         return keys, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

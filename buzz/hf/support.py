@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 from weakref import WeakSet
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from buzz.cache import Cache
 from buzz.hf.attention import FORMER
 from buzz.hf.errors import UnsupportedError
 from buzz.rotary import Rotary
 
-if TYPE_CHECKING:
-    from buzz.hf.cache import BuzzCache
-
 _adopted: WeakSet[PreTrainedModel] = WeakSet()  # models that passed the check
+
+
+class Trial(Protocol):
+    """A `BuzzCache` for a check."""
+
+    @property
+    def rows(self) -> Sequence[Cache]:
+        """The cache of each row."""
 
 
 def rotary_of(model: PreTrainedModel) -> Rotary:
@@ -49,7 +56,7 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
     return Rotary(inv_freq.detach().clone(), config.max_position_embeddings)
 
 
-def adopt(model: PreTrainedModel, trial: BuzzCache) -> None:
+def adopt(model: PreTrainedModel, trial: Trial) -> None:
     """Switch the model to our attention, and when it is met first check it with `trial`, which keeps all.
 
     Raises:
@@ -73,7 +80,7 @@ def adopt(model: PreTrainedModel, trial: BuzzCache) -> None:
 
 
 @torch.no_grad()
-def _check(model: PreTrainedModel, cache: BuzzCache) -> None:
+def _check(model: PreTrainedModel, cache: Trial) -> None:
     """Compare the logits and keys of a few tokens with the model's own. Each part has its tokens rotated to
     other positions, which shows attention, layers and conventions of rotation that are not as ours."""
     plain = DynamicCache()
