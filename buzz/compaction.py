@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from buzz.merging import goals
 from buzz.policy import Compaction, Policy, View
 
@@ -22,17 +25,9 @@ def compact(policy: Policy, view: View) -> Compaction:
     first, keep, merge = view, view.span(0, view.n), None
     while policy.due(view.n, view.sampled):
         step = policy.compact(view)
+        if wrong := _wrong(view, step):
+            raise RuntimeError(f"policy {policy} at {view.n} entries: {wrong}")
         index = step.index
-        if index.shape[:-1] != keep.shape[:-1] or not index.shape[-1]:
-            heads = ", ".join(map(str, keep.shape[:-1]))
-            raise RuntimeError(
-                f"policy {policy} returned survivors of shape {list(index.shape)}, and not [{heads}, m], "
-                "m at least 1"
-            )
-        if (index.shape[-1], step.sampled) == (view.n, view.sampled):
-            raise RuntimeError(
-                f"policy {policy} is due at {view.n} entries and its compaction changes nothing"
-            )
         if step.merge is not None or merge is not None:
             past = goals(keep, first.n) if merge is None else merge
             goal = goals(index, view.n) if step.merge is None else step.merge
@@ -42,3 +37,38 @@ def compact(policy: Policy, view: View) -> Compaction:
         norm = None if view.value_norm is None else view.value_norm.gather(-1, index)
         view = View(step.sampled, view.seen, view.position.gather(-1, index), state, norm)
     return Compaction(keep, view.sampled, view.state, merge)
+
+
+def _wrong(view: View, step: Compaction) -> str | None:
+    """What is wrong with what a policy returned, if anything is."""
+    if not isinstance(step, Compaction):
+        return f"compact returned a {type(step).__name__}, and not a Compaction"
+    index, merge = step.index, step.merge
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        return f"the index of survivors is {kind}, and not a tensor of int64"
+    heads = view.position.shape[:-1]
+    if index.shape[:-1] != heads or not index.shape[-1]:
+        words = ", ".join(map(str, heads))
+        return f"survivors have the shape {list(index.shape)}, and not [{words}, m], m at least 1"
+    count = index.shape[-1]
+    outside = (index[..., 0] < 0) | (index[..., -1] >= view.n)
+    if bool((outside | (index[..., 1:] <= index[..., :-1]).any(dim=-1)).any()):
+        return f"survivors must be strictly ascending, from 0 to {view.n - 1}"
+    if not 0 <= step.sampled <= count:
+        return f"{step.sampled} of {count} survivors cannot be sampled"
+    if (count, step.sampled) == (view.n, view.sampled):
+        return "it is due, and its compaction changes nothing"
+    for name, state in step.state.items():
+        if name not in view.state:
+            return f"it changes the state {name!r}, which it does not declare"
+        if state.shape != index.shape:
+            return f"the state {name!r} has the shape {list(state.shape)}, and not {list(index.shape)}"
+    if merge is not None:
+        if merge.shape != view.position.shape:
+            return f"the merge has the shape {list(merge.shape)}, and not {list(view.position.shape)}"
+        if int(merge.min()) < -1 or int(merge.max()) >= count:
+            return f"entries can be merged into the survivors 0 to {count - 1} or nowhere, -1"
+        if bool((merge.gather(-1, index) != torch.arange(count, device=index.device)).any()):
+            return "a survivor must be merged into itself"
+    return None

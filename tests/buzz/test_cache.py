@@ -297,7 +297,7 @@ def test_survivors_of_the_wrong_shape_are_an_error_and_change_nothing(shape: tup
 
     driver = ready(Wrong())
     driver.segment([4])
-    with pytest.raises(RuntimeError, match=r"survivors of shape .* and not \[1, 2, m\]"):
+    with pytest.raises(RuntimeError, match=r"survivors have the shape .* and not \[1, 2, m\]"):
         driver.segment([1])
     assert (driver.cache.n, driver.cache.evicted) == (5, 0)
 
