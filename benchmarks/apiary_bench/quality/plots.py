@@ -24,6 +24,18 @@ _INCHES = (7.0, 4.5)
 _COLUMNS = 512  # of a map: positions share one where there are more
 
 
+def require(directory: Path) -> None:
+    """Make the directory: better now than when all has been measured.
+
+    Raises:
+        BenchError: pictures cannot be written there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"pictures cannot be written to {directory}: {error}") from error
+
+
 def draw(directory: Path, bench: Bench, results: Sequence[Results], found: Sequence[Section]) -> list[Path]:
     """Draw all: `TASK.png` for each task, and `kept.png` for the first document.
 
@@ -35,8 +47,8 @@ def draw(directory: Path, bench: Bench, results: Sequence[Results], found: Seque
     for name, same in groupby(found, key=lambda section: section.sample.task):
         pictures[f"{name}.png"] = quality(list(same))
     pictures["kept.png"] = kept(bench, results[0])
+    require(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         for name, figure in pictures.items():
             figure.savefig(directory / name, dpi=150)
     except OSError as error:

@@ -59,7 +59,7 @@ def _columns(section: Section, *, compact: bool) -> dict[str, list[str]]:
 
 def _label(row: Row) -> str:
     if row.deviation is not None and not row.matched:
-        return f"{row.label} (not matched: {row.deviation:+.1%})"
+        return f"{row.label} (not matched: {row.deviation:+.2%})"
     if row.worst_deviation is not None and abs(row.worst_deviation) > TOLERANCE:
         return f"{row.label} (worst document: {row.worst_deviation:+.1%})"
     return row.label
@@ -74,8 +74,7 @@ def _other(row: Row, metric: Metric) -> str:
 def _relative(row: Row, metric: Metric) -> str:
     if row.label == "full" or metric.name not in row.relative:
         return ""
-    part = row.relative[metric.name]
-    return f"{part.value:.3f} [{part.low:.3f}, {part.high:.3f}]"
+    return _interval(row.relative[metric.name], ".3f")
 
 
 def _megabytes(count: float | None) -> str:
@@ -83,5 +82,11 @@ def _megabytes(count: float | None) -> str:
 
 
 def _words(found: Estimate, metric: Metric, sign: str = "") -> str:
-    form = f"{sign}.{metric.digits}f"
+    return _interval(found, f"{sign}.{metric.digits}f")
+
+
+def _interval(found: Estimate, form: str) -> str:
+    """One document, or a number that is the same for all, has no interval."""
+    if found.low == found.high:
+        return f"{found.value:{form}}"
     return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"

@@ -106,6 +106,8 @@ def quality(
             seed=seed,
             threads=threads,
         )
+        if plots is not None:
+            pictures.require(plots)
         ready, stages = prepare(settings)
         partial = None if json is None else json.with_name(f"{json.name}.partial")
         try:

@@ -37,7 +37,7 @@ def test_the_terminals() -> None:
     ]
     assert [row[0] for row in rows] == [
         "full",
-        "h2o (not matched: +3.0%)",
+        "h2o (not matched: +3.00%)",
         "buzz2 (worst document: +3.0%)",
         "buzz2(window=9)",
     ]
@@ -63,5 +63,5 @@ def test_markdown() -> None:
         "| perplexity / full's |"
     )
     assert rule.count("|") == head.count("|") == full.count("|")
-    assert h2o.startswith("| h2o (not matched: +3.0%) | 9 | 0.0 | 3.0 | 14.88 [9.03, 24.53] | +1.42 [")
+    assert h2o.startswith("| h2o (not matched: +3.00%) | 9 | 0.0 | 3.0 | 14.88 [9.03, 24.53] | +1.42 [")
     assert h2o.endswith("] buzz2 | 1.221 [1.221, 1.221] |")
