@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
@@ -24,11 +23,22 @@ class Keys(Tensor):
     """A layer's new keys, on their way from `BuzzCache.update` to the attention function.
 
     Attributes:
+        plain: the keys, to compute with.
         attend: `BuzzCache.attend` of the cache that they come from.
+
+    Raises:
+        UnsupportedError: anyone but our attention function computes with them.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    plain: Tensor
     attend: Callable[..., Tensor]
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> NoReturn:
+        raise UnsupportedError(
+            "the cache was made for another model: BuzzCache(model, ...); or else this model does more with "
+            "its keys than attend to them, which is not served"
+        )
 
 
 class PaddingOnly(int):
@@ -56,8 +66,7 @@ def _attention(
         raise UnsupportedError(f"the model's attention asks for {', '.join(asked)}, which is not served")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     positions = kwargs.get("position_ids")
-    plain = key.as_subclass(Tensor)
-    return key.attend(module, query, plain, value, attention_mask, positions, scale), None
+    return key.attend(module, query, key.plain, value, attention_mask, positions, scale), None
 
 
 def _mask(*, former: str, kv_length: int, attention_mask: Tensor | None, **kwargs: Any) -> Any:

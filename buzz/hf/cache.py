@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NoReturn, Self
 
@@ -30,12 +32,15 @@ class BuzzCache(TransformersCache):
 
     For the next turn give the whole history and the same cache: only what is new is computed. Each row of
     a batch is a `buzz.Cache` of its own, and tokens that the attention mask leaves out (padding) are not
-    stored. A forward call is one segment: a prompt, or one token; `prefill_chunk_size=` cuts a prompt that
-    is longer than the model into several. Greedy decoding, sampling and beam search are served. Keys and
-    queries arrive rotated to the positions that the model counted, and are moved to the policy's by the
-    difference, so a conversation may be longer than the model. (transformers takes angles in float32, so
-    what it counted blurs with millions of tokens: for the default model a mean KL divergence of 6e-5 after
-    one million.) A cache serves one forward call at a time; any number of caches may share a model.
+    stored, wherever it stands; without a mask all new tokens are real. A forward call is one segment: a
+    prompt, or one token; `prefill_chunk_size=` cuts a prompt that is longer than the model into several.
+    Greedy decoding, sampling and beam search are served. Keys and queries arrive rotated to the positions
+    that the model counted, and are moved to the policy's by the difference, so a conversation may be longer
+    than the model, and where a call's `position_ids` start does not matter: its tokens follow what the cache
+    has seen. Within a call they must count a row's tokens by one, padding left out. (transformers takes
+    angles in float32, so what it counted blurs with millions of tokens: for the default model a mean KL
+    divergence of 6e-5 after one million.) A cache serves one forward call at a time; any number of caches
+    may share a model.
 
     The model's attention implementation becomes `buzz|sdpa` or `buzz|eager`, which does what the former one
     did wherever no `BuzzCache` is given; `model.set_attn_implementation("sdpa")` takes that back. A model's
@@ -57,7 +62,8 @@ class BuzzCache(TransformersCache):
     Raises:
         UnsupportedError: the model cannot be served. Later, from a forward call: gradients, a model
             compiled to one graph, another model, another batch size, a mask that is no padding mask or
-            contradicts what was seen, more tokens than there are positions left, assisted decoding.
+            contradicts what was seen, positions that jump, more tokens than there are positions left,
+            assisted decoding.
         PolicyError: the policy makes no sense, or not for this model. Later: it is full, and never evicts.
     """
 
@@ -66,6 +72,7 @@ class BuzzCache(TransformersCache):
         rule = parse(policy) if isinstance(policy, str) else policy
         self._rotary = rotary_of(model)
         self._config = model.config
+        self._decoder = weakref.ref(model.base_model)  # a cache keeps no model alive
         self._depth: int = model.config.num_hidden_layers
         self.policy = rule.resolve(self._rotary.max_positions)
         head_dim = getattr(model.config, "head_dim", None) or (
@@ -111,10 +118,8 @@ class BuzzCache(TransformersCache):
                 f"layer {layer_idx} came where layer {self._next} was due: an earlier forward call stopped "
                 "halfway (reset() the cache then), or the model does not run its layers in order"
             )
-        if key_states.requires_grad:
-            raise UnsupportedError("a BuzzCache has no gradients; call the model under torch.no_grad()")
         keys = key_states.as_subclass(Keys)
-        keys.attend = self.attend
+        keys.plain, keys.attend = key_states, self.attend
         return keys, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -220,8 +225,7 @@ class BuzzCache(TransformersCache):
             UnsupportedError, PolicyError: see the class.
         """
         if self._call is None:
-            if getattr(module, "config", self._config) is not self._config:
-                raise UnsupportedError("the cache was made for another model: BuzzCache(model, ...)")
+            self._check_model(module, query, key, value)
             self._call = self._begin(key, value, mask, position_ids)
         layer, self._next = self._next, self._next + 1  # before what may fail, so that it is noticed
         output = self._call.attend(layer, query, key, value, scale)
@@ -260,10 +264,22 @@ class BuzzCache(TransformersCache):
                         f"seen {cache.seen}: what was seen stays (the padding of a finished row, too)"
                     )
         real = mask[:, -count:].to(key.device, torch.bool)
+        if count > 1:
+            _check_positions(position_ids, real)
         self._check_room(real.sum(dim=1).tolist())
         if self._batch is None:
             self._batch = Batch(self.policy, self._rotary, self._depth, key)
         return self._batch.begin(real, position_ids.expand(rows, count))
+
+    def _check_model(self, module: nn.Module, *states: Tensor) -> None:
+        """Refuse the attention of another model, and gradients: entries are stored without their graph."""
+        decoder = self._decoder()
+        if decoder is None or module not in decoder.modules():  # found early: attention of the first layer
+            raise UnsupportedError("the cache was made for another model: BuzzCache(model, ...)")
+        if torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in itertools.chain(states, decoder.parameters())
+        ):
+            raise UnsupportedError("a BuzzCache has no gradients; call the model under torch.no_grad()")
 
     def _check_room(self, counts: list[int]) -> None:
         held = [cache.n for cache in self.rows] or [0] * len(counts)
@@ -276,3 +292,14 @@ class BuzzCache(TransformersCache):
                 f"{need} entries, held and new, exceed the model's {self._rotary.max_positions} positions; "
                 f"cut the prompt: generate(..., prefill_chunk_size={left})"
             )
+
+
+def _check_positions(position_ids: Tensor, real: Tensor) -> None:
+    """Refuse positions that do not count each row's real tokens, since the cache counts them so."""
+    ahead = position_ids - real.cumsum(dim=1)  # the same for all tokens of a row that is counted by one
+    first = ahead.gather(1, real.int().argmax(dim=1, keepdim=True))
+    if bool(((ahead != first) & real).any()):
+        raise UnsupportedError(
+            "the position_ids of a row's tokens do not count up by one: jumps and several sequences in a row "
+            "are not served, and padding between tokens is not counted: position_ids=mask.cumsum(1) - 1"
+        )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
 
@@ -28,7 +32,9 @@ from tests.buzz.hf.models import (
     generate,
     kept,
     logits,
+    model_of,
     padded,
+    sized,
     tokens,
 )
 
@@ -138,12 +144,106 @@ def test_padding_may_stand_anywhere(llama: PreTrainedModel) -> None:
     ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
     mask[0, [0, 1, 7, 20, 29]] = 0
     real = logits(llama, ids[:1, mask[0].bool()], alone)
-    padded_in = logits(llama, ids, cache, attention_mask=mask)[0, mask[0].bool()]
+    counted = mask.cumsum(dim=1) - 1
+    padded_in = logits(llama, ids, cache, attention_mask=mask, position_ids=counted)[0, mask[0].bool()]
     torch.testing.assert_close(padded_in, real[0], atol=1e-4, rtol=0)
     mask = torch.cat([mask, torch.tensor([[0], [1]])], dim=1)  # nothing new in row 0
     logits(llama, tokens(2, 1), cache, attention_mask=mask)
     assert [row.seen for row in cache.rows] == [25, 31]
     assert kept(cache, 0).equal(kept(alone))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_without_a_mask_padding_stays_padding_and_new_tokens_are_real(
+    llama: PreTrainedModel, side: str
+) -> None:
+    cache, alone = BuzzCache(llama, SMALL[0]), BuzzCache(llama, SMALL[0])
+    ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, slice(6) if side == "left" else slice(14, 20)] = 0
+    logits(llama, ids, cache, attention_mask=mask)
+    logits(llama, ids[:1, mask[0].bool()], alone)
+    for count in (3, 1):
+        new = tokens(2, count, seed=count)
+        expected = logits(llama, new[:1], alone)
+        torch.testing.assert_close(logits(llama, new, cache)[:1], expected, atol=1e-4, rtol=0)
+    assert [row.seen for row in cache.rows] == [18, 24]
+
+
+def test_positions_that_jump_are_refused(llama: PreTrainedModel) -> None:
+    cache, ids, mask = BuzzCache(llama, SMALL[0]), tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
+    hole = mask.clone()
+    hole[1, 3] = 0
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    jump = torch.arange(8).repeat(2, 1)
+    jump[1, 6:] += 5
+    for how in ({"attention_mask": hole}, {"position_ids": packed}, {"position_ids": jump}):
+        with pytest.raises(UnsupportedError, match="do not count up by one"):
+            logits(llama, ids, cache, **{"attention_mask": mask, **how})
+        assert not cache.is_initialized
+    logits(llama, ids, cache, attention_mask=hole, position_ids=hole.cumsum(dim=1) - 1)
+    assert [row.seen for row in cache.rows] == [8, 7]
+
+
+@pytest.mark.parametrize("trained", ["q_proj", "k_proj", "v_proj", "o_proj", "embed_tokens"])
+def test_gradients_are_refused_whatever_is_trained(llama: PreTrainedModel, trained: str) -> None:
+    model = copy.deepcopy(llama)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    cache, ids = BuzzCache(model, SMALL[0]), tokens(1, 9)
+    with pytest.raises(UnsupportedError, match="no gradients"):
+        model(ids, past_key_values=cache)
+    assert not cache.is_initialized
+    expected = logits(model, ids, cache)
+    with torch.inference_mode():
+        assert model(ids, past_key_values=BuzzCache(model, SMALL[0])).logits.equal(expected)
+
+
+def test_gradients_that_do_not_pass_the_cache_are_the_models(llama: PreTrainedModel) -> None:
+    model, ids, gradients = copy.deepcopy(llama), tokens(1, 9), []
+    model.requires_grad_(False)
+    head = model.lm_head.weight.requires_grad_()
+    for cache in (BuzzCache(model, "full"), DynamicCache()):
+        loss = model(ids, past_key_values=cache).logits.square().mean()
+        gradients += torch.autograd.grad(loss, head)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    with pytest.raises(UnsupportedError, match="no gradients"):
+        model(
+            inputs_embeds=torch.zeros(1, 3, 32, requires_grad=True), past_key_values=BuzzCache(model, "full")
+        )
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_another_model_is_refused(llama: PreTrainedModel, layers: int, attention: str) -> None:
+    cache = BuzzCache(llama, SMALL[0])
+    other = model_of(sized(LlamaConfig, num_hidden_layers=layers), attention)
+    for _ in range(2):  # as it was loaded, and with attention of ours
+        with pytest.raises(UnsupportedError, match=r"made for another model: BuzzCache\(model"):
+            generate(other, tokens(1, 9), cache, 4)
+        assert not cache.is_initialized
+        BuzzCache(other, SMALL[0])
+    logits(llama, tokens(1, 9), cache)
+
+
+def test_models_of_one_config_are_two() -> None:
+    config = sized(LlamaConfig)
+    model, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    assert model.config is other.config
+    cache = BuzzCache(model, SMALL[0])
+    with pytest.raises(UnsupportedError, match="made for another model"):
+        logits(other, tokens(1, 9), cache)
+    logits(model, tokens(1, 9), cache)
+
+
+def test_a_cache_keeps_no_model_alive() -> None:
+    model = model_of(sized(LlamaConfig))
+    cache, gone = BuzzCache(model, SMALL[0]), weakref.ref(model.model)
+    other = copy.deepcopy(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(UnsupportedError, match="made for another model"):
+        logits(other, tokens(1, 9), cache)
 
 
 def test_a_copy_continues_on_its_own(llama: PreTrainedModel) -> None:
