@@ -42,11 +42,10 @@ def compact(policy: Policy, view: View) -> Compaction:
 def _wrong(view: View, step: Compaction) -> str | None:
     """What is wrong with what a policy returned, if anything is."""
     if not isinstance(step, Compaction):
-        return f"compact returned a {type(step).__name__}, and not a Compaction"
+        return f"compact returned {_kind(step)}, and not a Compaction"
     index, merge = step.index, step.merge
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        return f"the index of survivors is {kind}, and not a tensor of int64"
+        return f"the index of survivors is {_kind(index)}, and not a tensor of int64"
     heads = view.position.shape[:-1]
     if index.shape[:-1] != heads or not index.shape[-1]:
         words = ", ".join(map(str, heads))
@@ -62,6 +61,8 @@ def _wrong(view: View, step: Compaction) -> str | None:
     for name, state in step.state.items():
         if name not in view.state:
             return f"it changes the state {name!r}, which it does not declare"
+        if not isinstance(state, Tensor) or state.dtype != view.state[name].dtype:
+            return f"the state {name!r} is {_kind(state)}, and not {_kind(view.state[name])}"
         if state.shape != index.shape:
             return f"the state {name!r} has the shape {list(state.shape)}, and not {list(index.shape)}"
     if merge is not None:
@@ -72,3 +73,7 @@ def _wrong(view: View, step: Compaction) -> str | None:
         if bool((merge.gather(-1, index) != torch.arange(count, device=index.device)).any()):
             return "a survivor must be merged into itself"
     return None
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -39,7 +39,7 @@ class State:
         per: `mass` only: `session` goes on, `segment` restarts at 0 when a segment begins.
 
     Raises:
-        PolicyError: a vote has what only a mass can have, or the decay is out of range.
+        PolicyError: a value has the wrong type or is out of range, or a vote has what only a mass can have.
     """
 
     name: str
@@ -48,10 +48,16 @@ class State:
     per: Literal["session", "segment"] = "session"
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and self.name):
+            raise PolicyError(f"a state's name must be text, not {self.name!r}")
+        if self.kind not in ("mass", "vote"):
+            raise PolicyError(f"state {self.name!r}: kind must be mass or vote, not {self.kind!r}")
+        if self.per not in ("session", "segment"):
+            raise PolicyError(f"state {self.name!r}: per must be session or segment, not {self.per!r}")
         if self.kind == "vote" and (self.decay, self.per) != (1.0, "session"):
             raise PolicyError(f"state {self.name!r}: a vote has no decay, and none per segment")
-        if not 0 < self.decay <= 1:
-            raise PolicyError(f"state {self.name!r}: decay={self.decay} is not above 0 and at most 1")
+        if not (isinstance(self.decay, (int, float)) and 0 < self.decay <= 1):
+            raise PolicyError(f"state {self.name!r}: decay={self.decay!r} is not above 0 and at most 1")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,7 +136,7 @@ class Policy(ABC):
         sizes: the settings that share the bound, beside what is fixed; `sized` scales them.
 
     Raises:
-        PolicyError: a value has the wrong type or is out of range.
+        PolicyError: a value has the wrong type or is out of range, or the class is not as it must be.
     """
 
     positions: Positions = "in_cache"
@@ -141,17 +147,17 @@ class Policy(ABC):
     sizes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        self._check_class()
         self._check_types()
-        # None is a full cache's, until it is resolved
-        if self.bound is not None and not 1 <= self.bound <= MAX_BOUND:
-            raise PolicyError(
-                f"{self.name}: a bound of {self.bound} entries is not between 1 and {MAX_BOUND}"
-            )
+        if self.bound is not None:  # a full cache's, until it is resolved
+            if type(self.bound) is not int:
+                raise PolicyError(f"{self.name}: bound must be an integer, not {self.bound!r}")
+            if not 1 <= self.bound <= MAX_BOUND:
+                raise PolicyError(
+                    f"{self.name}: a bound of {self.bound} entries is not between 1 and {MAX_BOUND}"
+                )
         self.validate()
-        if len(self.states) > MAX_STATES:
-            raise PolicyError(
-                f"{self.name}: {len(self.states)} states are declared, and there is room for {MAX_STATES}"
-            )
+        self._check_states()
         self._check_kivi()
 
     def validate(self) -> None:  # noqa: B027  # most have nothing to refuse
@@ -233,6 +239,30 @@ class Policy(ABC):
                 text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
                 parts.append(f"{name}={text}")
         return f"{self.name}({','.join(parts)})" if parts else self.name
+
+    def _check_class(self) -> None:
+        own = type(self)
+        for base in own.__mro__:
+            for name, value in vars(base).items():
+                if isinstance(value, property) and inspect.isfunction(getattr(own, name)):
+                    raise PolicyError(f"{own.__name__}: {name} is a method; put @property above it")
+        known = [field.name for field in fields(self)]
+        if not isinstance(self.sizes, tuple) or not set(self.sizes) <= set(known):
+            raise PolicyError(
+                f"{self.name}: sizes={self.sizes!r} is not a tuple of settings; those are {', '.join(known)}"
+            )
+
+    def _check_states(self) -> None:
+        states = self.states
+        if not isinstance(states, tuple) or not all(isinstance(state, State) for state in states):
+            raise PolicyError(f'{self.name}: states must be a tuple, as (State("score"),) is, not {states!r}')
+        if len(states) > MAX_STATES:
+            raise PolicyError(
+                f"{self.name}: {len(states)} states are declared, and there is room for {MAX_STATES}"
+            )
+        named = [state.name for state in states]
+        if len(set(named)) < len(named):
+            raise PolicyError(f"{self.name}: states must differ by name, and these are {', '.join(named)}")
 
     def _check_types(self) -> None:
         hints = get_type_hints(type(self))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields
 from inspect import isabstract
 from typing import TypeVar
 
@@ -33,12 +33,15 @@ def register(policy: _P) -> _P:
     place of the former.
 
     Raises:
-        PolicyError: it is no complete dataclass derived from `Policy`, or its name is malformed or taken by
-            another class.
+        PolicyError: it is no complete dataclass derived from `Policy`, a setting has no default, or its name
+            is malformed or taken by another class.
     """
-    derived = isinstance(policy, type) and issubclass(policy, Policy) and is_dataclass(policy)
-    if not derived or isabstract(policy):
+    if not (isinstance(policy, type) and issubclass(policy, Policy)) or isabstract(policy):
         raise PolicyError(f"{policy!r} is not a complete dataclass derived from buzz.Policy")
+    if "__dataclass_params__" not in vars(policy):  # what `is_dataclass` finds may be inherited
+        raise PolicyError(f"{policy.__name__} needs @dataclass(frozen=True, kw_only=True) below @register")
+    if missing := [field.name for field in fields(policy) if field.default is MISSING]:
+        raise PolicyError(f"{policy.__name__}: settings need defaults, and {', '.join(missing)} has none")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", str(getattr(policy, "name", ""))):
         raise PolicyError(f"{policy.__name__} needs a name of lower-case letters, digits and _")
     known = _policies.get(policy.name, policy)

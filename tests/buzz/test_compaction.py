@@ -79,11 +79,11 @@ def made(index: object, sampled: int = 0, **more: Any) -> Callable[[View], Any]:
 @pytest.mark.parametrize(
     ("rule", "why"),
     [
-        (lambda view: view.span(0, 3), "returned a Tensor, and not a Compaction"),
+        (lambda view: view.span(0, 3), "returned a tensor of torch.int64, and not a Compaction"),
         (lambda _: None, "returned a NoneType"),
-        (lambda _: Compaction([[0, 1, 2]]), "is list, and not a tensor of int64"),
-        (made([[0.0, 1, 2]]), "is torch.float32, and not a tensor of int64"),
-        (made([[True, False, True]]), "is torch.bool"),
+        (lambda _: Compaction([[0, 1, 2]]), "is a list, and not a tensor of int64"),
+        (made([[0.0, 1, 2]]), "is a tensor of torch.float32, and not a tensor of int64"),
+        (made([[True, False, True]]), "is a tensor of torch.bool"),
         (made([0, 1, 2]), r"shape \[3\], and not \[1, m\]"),
         (lambda view: Compaction(view.span(0, 0)), r"shape \[1, 0\]"),
         (made([[0, 2, 1]]), "strictly ascending, from 0 to 5"),
@@ -102,6 +102,11 @@ def made(index: object, sampled: int = 0, **more: Any) -> Callable[[View], Any]:
             made([[0, 1, 2]], state={"score": torch.zeros(1, 6)}),
             r"'score' has the shape \[1, 6\], and not \[1, 3\]",
         ),
+        (
+            made([[0, 1, 2]], state={"score": torch.zeros(1, 3, dtype=torch.int64)}),
+            "'score' is a tensor of torch.int64, and not a tensor of torch.float32",
+        ),
+        (made([[0, 1, 2]], state={"score": [[0.0] * 3]}), "'score' is a list"),
         (made([[0, 1, 2]], merge=torch.zeros(1, 3, dtype=torch.int64)), r"merge has the shape \[1, 3\]"),
         (made([[0, 1, 2]], merge=torch.tensor([[0, 1, 2, 3, 0, 0]])), "survivors 0 to 2 or nowhere"),
         (made([[0, 1, 2]], merge=torch.tensor([[0, 1, 2, -2, 0, 0]])), "survivors 0 to 2 or nowhere"),

@@ -87,6 +87,44 @@ def test_a_policy_of_ones_own_is_checked_as_ours_are() -> None:
         Own(bound=0)
 
 
+@pytest.mark.parametrize(
+    ("own", "why"),
+    [
+        ({"states": property(lambda self: State("score"))}, "own: states must be a tuple, as"),
+        ({"states": property(lambda self: ("score",))}, "own: states must be a tuple, as"),
+        (
+            {"states": property(lambda self: (State("score"), State("score", "vote")))},
+            "own: states must differ by name, and these are score, score",
+        ),
+        ({"states": lambda self: (State("score"),)}, "Own: states is a method; put @property above it"),
+        ({"bound": lambda self: 9}, "Own: bound is a method"),
+        ({"rest": lambda self: 9}, "Own: rest is a method"),
+        ({"bound": property(lambda self: 9.0)}, "own: bound must be an integer, not 9.0"),
+        ({"sizes": ("windows",)}, r"own: sizes=\('windows',\) is not a tuple of settings; .* sink, window$"),
+        ({"sizes": "window"}, "own: sizes='window' is not a tuple"),
+    ],
+)
+def test_what_a_class_got_wrong_is_said_when_a_policy_is_made(own: dict[str, Any], why: str) -> None:
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(type("Own", (Streaming,), {"name": "own", **own}))
+    with pytest.raises(PolicyError, match=why):
+        made()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"name": ""}, "name must be text, not ''"),
+        ({"name": 3}, "name must be text, not 3"),
+        ({"kind": "mas"}, "state 'score': kind must be mass or vote, not 'mas'"),
+        ({"per": "token"}, "state 'score': per must be session or segment, not 'token'"),
+        ({"decay": "0.5"}, "decay='0.5' is not above 0 and at most 1"),
+    ],
+)
+def test_a_state_is_checked(wrong: dict[str, Any], why: str) -> None:
+    with pytest.raises(PolicyError, match=why):
+        State(**{"name": "score", **wrong})
+
+
 def test_a_policy_that_would_quantise_nothing_is_refused() -> None:
     assert parse("window(window=160,kivi=4)").sized(200).bound == 200
     least = parse("window(window=32,kivi=2,residual=0)")

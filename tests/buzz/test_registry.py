@@ -131,6 +131,10 @@ class Newest(Policy):
         return Compaction(view.span(view.n - self.window, view.n))
 
 
+def other(name: str | None) -> type[Newest]:
+    return dataclass(frozen=True, kw_only=True)(type("Other", (Newest,), {"name": name}))
+
+
 @pytest.mark.usefixtures("known")
 def test_a_policy_of_ones_own() -> None:
     assert register(Newest) is Newest
@@ -156,7 +160,7 @@ def test_a_class_that_is_defined_again_takes_the_place_of_the_former() -> None:
     assert type(parse("again")) is second
     assert parse("again").bound == 8
     with pytest.raises(PolicyError, match=r"'again' is taken by .*Again"):
-        register(type("Other", (Newest,), {"name": "again"}))
+        register(other("again"))
 
 
 @pytest.mark.usefixtures("known")
@@ -170,4 +174,24 @@ def test_what_is_no_policy_cannot_be_registered() -> None:
         (None, "needs a name of"),
     ):
         with pytest.raises(PolicyError, match=reason):
-            register(type("Other", (Newest,), {"name": name}))
+            register(other(name))
+
+
+@pytest.mark.usefixtures("known")
+def test_what_is_no_whole_dataclass_cannot_be_registered() -> None:
+    class Forgot(Newest):
+        budget: int = 3
+
+        name = "forgot"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Lacks(Newest):
+        budget: int
+
+        name = "lacks"
+
+    with pytest.raises(PolicyError, match=r"Forgot needs @dataclass\(frozen=True, kw_only=True\)"):
+        register(Forgot)
+    with pytest.raises(PolicyError, match="Lacks: settings need defaults, and budget has none"):
+        register(Lacks)
+    assert not {"forgot", "lacks"} & set(names())
