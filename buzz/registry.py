@@ -21,7 +21,8 @@ from buzz.policy import Policy, PolicyError
 MAX_SPEC_CHARS = 256
 
 _SPEC = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(?:\(([^()]*)\)\s*)?", re.ASCII)
-_SETTING = re.compile(r"\s*([a-z][a-z0-9_]*)\s*=\s*(-?[0-9]+|[A-Za-z_]+|'[a-z_]+'|\"[a-z_]+\")\s*", re.ASCII)
+_SETTING = re.compile(r"\s*([a-z][a-z0-9_]*)\s*=\s*([^\s=]+)\s*", re.ASCII)
+_VALUE = re.compile(r"-?[0-9]+|[A-Za-z_]+|'[a-z_]+'|\"[a-z_]+\"", re.ASCII)
 _WORDS = {"true": True, "false": False, "none": None}
 
 _policies: dict[str, type[Policy]] = {}
@@ -89,6 +90,8 @@ def parse(spec: str) -> Policy:
             raise PolicyError(f"{name}: unknown setting {key!r}; settings are {', '.join(allowed)}")
         if key in settings:
             raise PolicyError(f"{name}: {key} is set twice")
+        if not _VALUE.fullmatch(text):
+            raise PolicyError(f"{name}: {key}={text} is not an integer, true, false, none or a word")
         settings[key] = _value(text)
     return policy(**settings)  # type: ignore[arg-type]  # the policy checks its own types
 

@@ -53,7 +53,8 @@ class BuzzCache(TransformersCache):
     freed when it ends.
 
     Args:
-        model: a decoder with rotary positions and full attention in every layer, in `eval()` mode.
+        model: a decoder with rotary positions and full attention in every layer, in `eval()` mode; with or
+            without its head.
         policy: a policy, or its specification.
 
     Attributes:
@@ -70,6 +71,10 @@ class BuzzCache(TransformersCache):
     def __init__(self, model: PreTrainedModel, policy: str | Policy) -> None:
         super().__init__(layers=[])
         rule = parse(policy) if isinstance(policy, str) else policy
+        if not isinstance(rule, Policy):
+            raise PolicyError(
+                f"a policy, or a specification such as 'h2o(heavy=100)', is needed, not {rule!r}"
+            )
         self._rotary = rotary_of(model)
         self._config = model.config
         self._decoder = weakref.ref(model.base_model)  # a cache keeps no model alive
@@ -141,10 +146,15 @@ class BuzzCache(TransformersCache):
         self._next = 0  # the layer that is due in it
         self._columns = 0
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows in this order; a row may come more than once."""
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        """Keep these rows in this order; a row may come more than once.
+
+        Raises:
+            IndexError: there is no such row.
+        """
         if self._batch is not None:
-            self._batch = self._batch.select(indices.tolist())
+            rows = torch.arange(len(self.rows))[torch.as_tensor(indices).cpu()]
+            self._batch = self._batch.select(rows.tolist())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """What beam search calls `batch_select_indices`."""

@@ -32,16 +32,23 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
         UnsupportedError: the configuration shows already that it cannot be served.
     """
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(f"a model of transformers is needed, not a {type(model).__name__}")
+        raise UnsupportedError(
+            f"a model of transformers is needed, not {type(model).__name__}; pass the model itself, without "
+            "torch.compile or another wrapper around it"
+        )
     config, name = model.config, type(model).__name__
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
         raise UnsupportedError(f"{name} is not a plain decoder; only those are served")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if getattr(config, "sliding_window", None) is not None:
-        kinds.add(f"sliding_attention over {config.sliding_window} tokens")
     if kinds != {"full_attention"}:
         raise UnsupportedError(
             f"{name} has layers of {', '.join(sorted(kinds))}; only full attention is served"
+        )
+    if (window := getattr(config, "sliding_window", None)) is not None:
+        raise UnsupportedError(
+            f"{name} attends to the last {window} tokens only, and just full attention is served; for "
+            f"sequences of up to {window} tokens both are the same: load it with "
+            "from_pretrained(..., sliding_window=None)"
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedError(f"{name} has attention of its own, which cannot be replaced")
@@ -81,24 +88,24 @@ def adopt(model: PreTrainedModel, trial: Trial) -> None:
 
 @torch.no_grad()
 def _check(model: PreTrainedModel, cache: Trial) -> None:
-    """Compare the logits and keys of a few tokens with the model's own. Each part has its tokens rotated to
+    """Compare the output and keys of a few tokens with the model's own. Each part has its tokens rotated to
     other positions, which shows attention, layers and conventions of rotation that are not as ours."""
     plain = DynamicCache()
     tokens = (torch.arange(1, 9, device=model.device) % model.config.vocab_size)[None]
     places = torch.arange(8, device=model.device)[None]
-    theirs = model(tokens, past_key_values=plain, use_cache=True).logits
+    theirs = model(tokens, past_key_values=plain, use_cache=True)[0]  # logits, or hidden states
     parts = [(slice(0, 5), 40), (slice(5, 7), 3), (slice(7, 8), 90)]
     try:
         ours = [
             model(
                 tokens[:, part], position_ids=places[:, part] + shift, past_key_values=cache, use_cache=True
-            )
+            )[0]
             for part, shift in parts
         ]
     except RuntimeError as error:  # shapes that do not fit
         raise UnsupportedError(f"{type(model).__name__} cannot run over a BuzzCache: {error}") from error
     held = cache.rows[0].buffers.keys[:, :, :8]
-    pairs = [(torch.cat([part.logits for part in ours], dim=1), theirs)]
+    pairs = [(torch.cat(ours, dim=1), theirs)]
     pairs += [(mine, keys[0]) for mine, (keys, *_) in zip(held, plain, strict=True)]
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     for mine, own in pairs:

@@ -32,7 +32,8 @@ class Blockwise(Policy):
     def validate(self) -> None:
         if self.evictable < 1:
             raise PolicyError(
-                f"{self.name}: of {self.bound + 1} entries all must stay; make smaller what is always kept"
+                f"{self.name}: a bound of {self.bound} leaves none to evict, since all must stay; make "
+                "smaller what is always kept, or the bound larger"
             )
         if self.block is not None and not 1 <= self.block <= self.evictable:
             raise PolicyError(

@@ -279,6 +279,11 @@ def test_rows_repeat_and_are_selected(llama: PreTrainedModel) -> None:
     again = BuzzCache(llama, SMALL[1])
     logits(llama, ids, again)
     assert swapped.equal(logits(llama, tokens(1, 1).expand(2, 1), again).flip(0))
+    seen = [row.state() for row in again.rows]
+    with pytest.raises(IndexError, match="index 2 is out of bounds"):
+        again.batch_select_indices(torch.tensor([0, 2]))
+    again.batch_select_indices([1])
+    assert [row.state() for row in again.rows] == seen[1:]
 
 
 def test_memory_is_the_bound_at_rest(llama: PreTrainedModel) -> None:

@@ -68,7 +68,7 @@ def test_defaults() -> None:
     ("settings", "reason"),
     [
         ({"horizon": 1}, "horizon=1 is less than 2"),
-        ({"hot": 0, "cells": 0}, "of 69 entries all must stay"),
+        ({"hot": 0, "cells": 0}, "a bound of 68 leaves none to evict, since all must stay"),
         ({"hot": 3, "cells": 3, "block": 7}, "block=7 is not between 1 and 6"),
         ({"sink": 0, "window": 0, "hot": 0, "cells": 0}, "a bound of 0"),
     ],

@@ -49,7 +49,7 @@ def test_a_block_goes_when_one_entry_is_too_many() -> None:
     [
         ({"block": 0}, "block=0 is not between 1 and 6"),
         ({"block": 7}, "block=7 is not between 1 and 6"),
-        ({"recent": 8}, "corm: of 9 entries all must stay"),
+        ({"recent": 8}, "corm: a bound of 8 leaves none to evict, since all must stay"),
         ({"queries": 0}, "queries=0 leaves no query"),
         ({"budget": 0, "recent": 0}, "a bound of 0 entries"),
         ({"budget": "8"}, "budget must be an integer, not '8'"),
