@@ -25,7 +25,7 @@ class Row:
         entries, bytes: the means of the documents' averages.
         peak_bytes: the most of any document.
         slot_bytes: as in `Sample`.
-        deviation: of the average bytes from the mean target, relative; None where nothing was to match.
+        deviation: of the average bytes from the mean target, relative; None where they were not to match.
         worst_deviation: of the document whose average is farthest from its own target.
         scores: by metric.
         baseline, rival, other: paired differences of this policy less the baseline, the best of H2O and
@@ -138,7 +138,8 @@ def _row(contest: _Contest, label: str, rivals: dict[str, str]) -> Row:
     outcomes, others = sample.outcomes[label], contest.others(label)
     ordered = sorted(outcomes, key=lambda outcome: outcome.bound)
     held = float(np.mean([outcome.bytes for outcome in outcomes]))
-    targets = [(each.bytes, each.target_bytes) for each in outcomes if each.target_bytes is not None]
+    matched = outcomes if sample.match == "bytes" else []
+    targets = [(each.bytes, each.target_bytes) for each in matched if each.target_bytes is not None]
     return Row(
         label=label,
         policies=(ordered[0].policy, ordered[-1].policy),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -70,3 +72,5 @@ def test_the_worst_document_stands_beside_the_mean() -> None:
     assert rows["buzz"].worst_deviation == pytest.approx(0.03)
     assert rows["buzz"].matched is False
     assert rows["corm"].worst_deviation == 0
+    (entries,) = sections([replace(sample("fidelity", scores, held=held), match="entries")])
+    assert by_label(entries)["buzz"].matched is None  # by their bytes they were not to match
