@@ -25,7 +25,7 @@ def compact(policy: Policy, view: View) -> Compaction:
     first, keep, merge = view, view.span(0, view.n), None
     while policy.due(view.n, view.sampled):
         step = policy.compact(view)
-        if wrong := _wrong(view, step):
+        if wrong := _wrong(view, step) or _astray(view, step):
             raise RuntimeError(f"policy {policy} at {view.n} entries: {wrong}")
         index = step.index
         if step.merge is not None or merge is not None:
@@ -51,9 +51,6 @@ def _wrong(view: View, step: Compaction) -> str | None:
         words = ", ".join(map(str, heads))
         return f"survivors have the shape {list(index.shape)}, and not [{words}, m], m at least 1"
     count = index.shape[-1]
-    outside = (index[..., 0] < 0) | (index[..., -1] >= view.n)
-    if bool((outside | (index[..., 1:] <= index[..., :-1]).any(dim=-1)).any()):
-        return f"survivors must be strictly ascending, from 0 to {view.n - 1}"
     if not 0 <= step.sampled <= count:
         return f"{step.sampled} of {count} survivors cannot be sampled"
     if (count, step.sampled) == (view.n, view.sampled):
@@ -65,13 +62,23 @@ def _wrong(view: View, step: Compaction) -> str | None:
             return f"the state {name!r} is {_kind(state)}, and not {_kind(view.state[name])}"
         if state.shape != index.shape:
             return f"the state {name!r} has the shape {list(state.shape)}, and not {list(index.shape)}"
-    if merge is not None:
-        if merge.shape != view.position.shape:
-            return f"the merge has the shape {list(merge.shape)}, and not {list(view.position.shape)}"
-        if int(merge.min()) < -1 or int(merge.max()) >= count:
-            return f"entries can be merged into the survivors 0 to {count - 1} or nowhere, -1"
-        if bool((merge.gather(-1, index) != torch.arange(count, device=index.device)).any()):
-            return "a survivor must be merged into itself"
+    if merge is not None and merge.shape != view.position.shape:
+        return f"the merge has the shape {list(merge.shape)}, and not {list(view.position.shape)}"
+    return None
+
+
+def _astray(view: View, step: Compaction) -> str | None:
+    """Which survivors are none, or come in the wrong order, if any: what the values show."""
+    index, merge, count = step.index, step.merge, step.index.shape[-1]
+    outside = (index[..., 0] < 0) | (index[..., -1] >= view.n)
+    if bool((outside | (index[..., 1:] <= index[..., :-1]).any(dim=-1)).any()):
+        return f"survivors must be strictly ascending, from 0 to {view.n - 1}"
+    if merge is None:
+        return None
+    if int(merge.min()) < -1 or int(merge.max()) >= count:
+        return f"entries can be merged into the survivors 0 to {count - 1} or nowhere, -1"
+    if bool((merge.gather(-1, index) != torch.arange(count, device=index.device)).any()):
+        return "a survivor must be merged into itself"
     return None
 
 
