@@ -13,7 +13,6 @@ from apiary_server.sessions.pool import Geometry
 from buzz import Buffers, Policy, View
 from buzz.compaction import compact
 
-_POSITION_BYTES = 4
 _STATE_BYTES = 4
 
 
@@ -58,18 +57,20 @@ def generation(prompt: int, output: int) -> Trace:
 
 def plain_bytes(entries: float, geometry: Geometry) -> float:
     """What `entries` entries a head and layer take without states and unquantised."""
-    per_entry = 2 * geometry.head_dim * geometry.dtype.itemsize + _POSITION_BYTES
-    return entries * geometry.layers * geometry.kv_heads * per_entry
+    return entries * _tensor_bytes(1, 0, None, geometry)
 
 
 def held_bytes(policy: Policy, n: int, packed: int, geometry: Geometry) -> int:
     """What a cache of `n` entries a head and layer takes under `policy`, where it has quantised `packed` of
     them: keys, values, positions and states."""
+    states = geometry.layers * geometry.kv_heads * n * _STATE_BYTES * len(policy.states)
+    return _tensor_bytes(n, packed, policy.kivi if packed else None, geometry) + states
+
+
+def _tensor_bytes(n: int, packed: int, bits: int | None, geometry: Geometry) -> int:
     g = geometry
-    bits = policy.kivi if packed else None
     shapes = Buffers.shapes(g.layers, g.kv_heads, n, g.head_dim, g.dtype, bits, packed, n - packed)
-    tensors = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in shapes)
-    return tensors + g.layers * g.kv_heads * n * _STATE_BYTES * len(policy.states)
+    return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in shapes)
 
 
 @lru_cache(maxsize=2**16)
