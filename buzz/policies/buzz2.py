@@ -23,10 +23,9 @@ class Buzz2(Blockwise):
     order into as many cells of equal size as places are left, in each of which the most important stays.
     So every region keeps somebody who remembers it. The first wins a tie.
 
-    An entry's importance is its mean weight per query times the squared norm of its value (as in VATP,
-    https://arxiv.org/abs/2406.12335): about the squared error that its loss would cause. The mean runs over
-    the queries since the entry came, so that early tokens have no advantage, and forgets: a query `horizon`
-    queries ago counts 1/e as much as the last. Scores never restart.
+    An entry's importance is the sum of the weights that it received times the squared norm of its value (as
+    in VATP, https://arxiv.org/abs/2406.12335): about the squared error that its loss would cause. The sum
+    forgets: a query `horizon` queries ago counts 1/e as much as the last. Scores never restart.
 
     What differs from `buzz`, and what each difference is worth, is measured in docs/quality.md.
 
@@ -36,8 +35,9 @@ class Buzz2(Blockwise):
         window: most recent entries, always kept.
         hot: entries kept for their importance alone.
         cells: entries kept as the most important of their cell.
-        horizon: queries over which the mean weight forgets; at least 2. None: it never does.
-        mean: False takes the sum of weights instead of their mean, as `h2o` and `buzz` do.
+        horizon: queries over which the sum of weights forgets; at least 2. None: it never does.
+        mean: True takes the mean over the queries since the entry came, which forgets alike, so that early
+            tokens have no advantage; but late ones were seen by few queries, and all of them near.
         values: False leaves the values out.
     """
 
@@ -47,7 +47,7 @@ class Buzz2(Blockwise):
     hot: int = 330
     cells: int = 166
     horizon: int | None = 512
-    mean: bool = True
+    mean: bool = False
     values: bool = True
 
     name: ClassVar[str] = "buzz2"

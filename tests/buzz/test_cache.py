@@ -62,7 +62,7 @@ def test_bfloat16_keys_drift_by_a_few_roundings_only() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_norms_of_values_are_taken_wide(dtype: torch.dtype) -> None:
     """These differ by less than a bfloat16 tells apart, and their squares are more than a float16 holds."""
-    policy = parse("buzz2(sink=0,window=0,hot=2,cells=0,mean=false,block=1)")
+    policy = parse("buzz2(sink=0,window=0,hot=2,cells=0,block=1)")
     buffers = Buffers.empty(1, 1, 3, 2, dtype, "cpu", policy.states)
     cache = Cache(policy, Rotary.of(2, 100), buffers)
     cache.begin_segment(3)

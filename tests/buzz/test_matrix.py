@@ -21,9 +21,9 @@ SMALL = {
     ),
     "buzz2": (
         "buzz2(sink=3,window=7,hot=12,cells=18,horizon=9,block=6)",
-        "buzz2(sink=0,window=9,hot=0,cells=31,horizon=2,values=false,block=7)",
-        "buzz2(sink=1,window=4,hot=35,cells=0,horizon=none,block=1)",
-        "buzz2(sink=1,window=4,hot=20,cells=15,horizon=none,mean=false,values=false,block=9)",
+        "buzz2(sink=0,window=9,hot=0,cells=31,horizon=2,mean=true,values=false,block=7)",
+        "buzz2(sink=1,window=4,hot=35,cells=0,horizon=none,mean=true,block=1)",
+        "buzz2(sink=1,window=4,hot=20,cells=15,horizon=none,values=false,block=9)",
     ),
     "cascade": (
         "cascade(sink=3,cascades=4,size=9,block=4)",

@@ -8,7 +8,7 @@ from buzz import Buzz2, PolicyError, View
 
 
 def view(score: list[float], norm: list[float] | None = None, seen: int | None = None) -> View:
-    """One head; every entry is so old that its score counts as a mean up to a common factor."""
+    """One head."""
     n = len(score)
     norms = None if norm is None else torch.tensor([norm])
     position = torch.arange(n, dtype=torch.int32)[None]
@@ -41,11 +41,12 @@ def test_weights_are_weighed_with_the_squares_of_values() -> None:
     assert survivors(policy, [10.0, 1.0], [1.0, 3.0]) == [0]
 
 
-def test_a_score_counts_per_query_since_the_entry_came() -> None:
-    policy = Buzz2(sink=0, window=0, hot=1, cells=0, block=1, horizon=1000)
+@pytest.mark.parametrize(("mean", "kept"), [(False, 0), (True, 1)])
+def test_a_score_counts_whole_or_per_query_since_the_entry_came(mean: bool, kept: int) -> None:
+    policy = Buzz2(sink=0, window=0, hot=1, cells=0, block=1, horizon=1000, mean=mean)
     norm = [1.0, 1.0]
     young = view([2.9, 2.0], norm, seen=3)  # of three queries and two: 0.97 and 1.00 each
-    assert policy.compact(young).index[0].tolist() == [1]
+    assert policy.compact(young).index[0].tolist() == [kept]
     assert policy.compact(view([3.1, 2.0], norm, seen=3)).index[0].tolist() == [0]
 
 
