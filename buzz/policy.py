@@ -208,12 +208,15 @@ class Policy(ABC):
         return n - self.residual
 
     def sized(self, bound: int) -> Self:
-        """This policy at another bound: its `sizes` in proportion, all else as it is.
+        """This policy at another bound: its `sizes` in proportion, all else as it is. With `kivi`, a bound
+        that has no room for quantised entries beside the residual makes the residual smaller.
 
         Raises:
             PolicyError: there is no size to scale, nothing is left for one, or they no longer fit together.
         """
         settings: dict[str, Any] = self._scaled(bound)
+        if self.kivi is not None:
+            settings["residual"] = min(self.residual, max(0, bound - BLOCK))
         return dataclasses.replace(self, **settings)
 
     def resolve(self, max_positions: int) -> Self:

@@ -135,8 +135,17 @@ def test_a_policy_that_would_quantise_nothing_is_refused() -> None:
         parse("window(window=31,kivi=4,residual=0)")
     with pytest.raises(PolicyError, match="would quantise nothing"):
         parse("full(kivi=4)").resolve(159)
+
+
+@pytest.mark.parametrize(("bound", "residual"), [(564, 128), (160, 128), (159, 127), (90, 58)])
+def test_a_bound_that_has_no_room_for_the_residual_makes_it_smaller(bound: int, residual: int) -> None:
+    scaled = parse("buzz2(kivi=4)").sized(bound)
+    assert (scaled.bound, scaled.residual) == (bound, residual)
+
+
+def test_a_bound_that_has_no_room_for_quantised_entries_is_refused() -> None:
     with pytest.raises(PolicyError, match="would quantise nothing"):
-        parse("buzz2(kivi=4)").sized(159)
+        parse("window(kivi=4)").sized(31)
 
 
 @pytest.mark.parametrize("wrong", [{"decay": 0.5}, {"per": "segment"}])
