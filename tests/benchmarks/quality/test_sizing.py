@@ -51,6 +51,13 @@ def test_a_full_cache_is_not_scaled() -> None:
     assert (sized.policy, sized.target_bytes, sized.footprint.entries) == (full, None, 101)
 
 
+@pytest.mark.parametrize("prompt", [80, 120, 247])
+@pytest.mark.parametrize("name", ["h2o", "buzz2"])
+def test_a_prompt_may_be_shorter_than_the_residual(name: str, prompt: int) -> None:
+    sized = fit(buzz.parse(f"{name}(kivi=4)"), generation(prompt, 60), prompt / 2.5, GEOMETRY, 8000)
+    assert sized.footprint.bytes == pytest.approx(plain_bytes(prompt / 2.5, GEOMETRY), rel=TOLERANCE)
+
+
 def test_quantised_entries_count_by_their_bytes_or_as_entries() -> None:
     policy = buzz.parse("streaming(kivi=4,residual=32)")
     by_bytes = fit(policy, STREAM, 200, GEOMETRY, 8000)
