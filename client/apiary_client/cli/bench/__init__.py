@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from apiary_client.cli.bench import quality
+from apiary_client.cli.bench import quality, serve
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 
@@ -14,4 +14,5 @@ def bench() -> None:
     """Measure."""
 
 
+serve.register(app)
 quality.register(app)
