@@ -6,12 +6,9 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from apiary_bench.errors import SettingsError
 from apiary_client import Model
-
-Number = TypeVar("Number", int, float)
 
 
 class Arrival(enum.StrEnum):
