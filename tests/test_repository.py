@@ -119,6 +119,7 @@ def test_nothing_unpickles() -> None:
         ("apiary_client", {"torch", "transformers", "numpy", "apiary_server", "buzz", "typer"}),
         ("apiary_client.aio", {"torch", "transformers", "numpy", "apiary_server", "buzz", "typer"}),
         ("apiary_client.cli", {"torch", "transformers", "numpy", "apiary_server", "buzz"}),
+        ("apiary_bench.serving.report", {"torch", "transformers", "numpy", "buzz", "pydantic"}),
         ("buzz", {"grpc", "google.protobuf", "transformers", "apiary_server", "apiary_client"}),
         ("apiary_server.settings", {"torch", "transformers", "grpc"}),
         ("apiary_server.model.catalog", {"torch", "transformers", "grpc"}),

@@ -15,3 +15,7 @@ class DataError(BenchError):
 
 class SettingsError(BenchError):
     """A benchmark was asked for something that it does not know or cannot do."""
+
+
+class LoadError(BenchError):
+    """A turn that prepares a load was not completed, so there is nothing to measure."""

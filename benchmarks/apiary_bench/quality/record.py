@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shlex
-import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from apiary_bench.document import provenance
 from apiary_bench.errors import BenchError
 from apiary_bench.quality.report import Section
 from apiary_bench.quality.sample import Sample
@@ -28,9 +22,7 @@ _VERSIONS = ("apiary", "torch", "transformers", "rouge-score", "numpy")
 def document(settings: Settings, found: list[Section]) -> dict[str, Any]:
     """All of it, for programs, and for `read`."""
     return {
-        "command": shlex.join(["apiary", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
+        **provenance(*_VERSIONS),
         "model": settings.model,
         "settings": asdict(settings) | {"data": str(settings.data)},
         "tasks": [_task(section) for section in found],
@@ -53,25 +45,8 @@ def _task(section: Section) -> dict[str, Any]:
     }
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all.
-
-    Raises:
-        BenchError: it cannot be written.
-    """
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise BenchError(f"{path} cannot be written: {error}") from error
-
-
 def read(path: Path) -> list[Sample]:
-    """What `write` wrote of a `document`, or an earlier version did: estimates are made anew.
+    """What was written of a `document`, now or by an earlier version: estimates are made anew.
 
     Raises:
         BenchError: it cannot be read, or holds no results.

@@ -75,15 +75,24 @@ Seed: TypeAlias = Annotated[
 def connect(target: str, tenant: str | None, tls: bool, tls_root_file: Path | None) -> Iterator[Client]:
     """Yield a client; what goes wrong while it is used ends the command with one line on stderr."""
     try:
-        client = Client(
-            target, tenant=tenant, tls=TLS(tls_root_file) if tls or tls_root_file is not None else None
-        )
+        client = Client(target, tenant=tenant, tls=encryption(tls, tls_root_file))
     except (ValueError, OSError) as error:
         console.fail(str(error))
-    with client:
-        try:
-            yield client
-        except ApiaryError as error:
-            console.fail(console.explain(error, target))
-        except UnicodeError:
-            console.fail("the text is not valid UTF-8")
+    with client, explained(target):
+        yield client
+
+
+def encryption(tls: bool, tls_root_file: Path | None) -> TLS | None:
+    """Return how to encrypt; None: plaintext."""
+    return TLS(tls_root_file) if tls or tls_root_file is not None else None
+
+
+@contextmanager
+def explained(target: str) -> Iterator[None]:
+    """End the command with one line on stderr when a call fails."""
+    try:
+        yield
+    except ApiaryError as error:
+        console.fail(console.explain(error, target))
+    except UnicodeError:
+        console.fail("the text is not valid UTF-8")

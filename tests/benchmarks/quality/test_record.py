@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from apiary_bench import document
 from apiary_bench.errors import BenchError
 from apiary_bench.quality import record
 from apiary_bench.quality.report import sections
@@ -51,7 +52,7 @@ def test_the_command_can_be_given_to_a_shell(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_was_written_is_read(content: dict[str, Any], tmp_path: Path) -> None:
-    record.write(tmp_path / "a.json", content)
+    document.write(tmp_path / "a.json", content)
     assert record.read(tmp_path / "a.json") == [SAMPLE]
 
 
@@ -61,7 +62,7 @@ def test_results_of_a_version_that_knew_less(content: dict[str, Any], tmp_path: 
             del row[new]
         for outcome in row["outcomes"]:
             del outcome["scores"]["agreement"]
-    record.write(tmp_path / "a.json", content)
+    document.write(tmp_path / "a.json", content)
     (found,) = record.read(tmp_path / "a.json")
     assert found.slot_bytes == {"full": None, "h2o": None}
     (section,) = sections([found])
@@ -90,7 +91,7 @@ def test_what_holds_no_results_is_refused(
     spoil: Callable[[dict[str, Any]], None], content: dict[str, Any], tmp_path: Path
 ) -> None:
     spoil(content["tasks"][0])
-    record.write(tmp_path / "a.json", content)
+    document.write(tmp_path / "a.json", content)
     with pytest.raises(BenchError, match=r"a\.json has no results of"):
         record.read(tmp_path / "a.json")
 

@@ -1,4 +1,4 @@
-"""`apiary bench`: measurements. They run on the worker's own code, in this process."""
+"""`apiary bench quality` and `apiary bench report`. They run on the worker's own code, in this process."""
 
 from __future__ import annotations
 
@@ -7,36 +7,32 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from apiary_client.cli import console
+from apiary_client.cli.bench.bars import Bars
 from apiary_client.cli.server_extra import server_extra
 
 _Number = TypeVar("_Number", int, float)
 
-app = typer.Typer(no_args_is_help=True, help="Measure.")
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(
+        epilog=console.examples(
+            "apiary bench quality --data DIR --json quality.json --plots pictures",
+            "apiary bench quality --data DIR --task wikitext,qa10 --policies 'h2o,buzz(window=300)' "
+            "--limit 5",
+            "apiary bench quality --data DIR --task wikitext --entries 282,564,1128 --plots pictures",
+        )
+    )(quality)
+    app.command(
+        epilog=console.examples(
+            "apiary bench report quality.json",
+            "apiary bench report questions.json summaries.json --markdown >> docs/quality.md",
+        )
+    )(report)
 
 
-@app.callback()
-def bench() -> None:
-    """Measure."""
-
-
-@app.command(
-    epilog=console.examples(
-        "apiary bench quality --data DIR --json quality.json --plots pictures",
-        "apiary bench quality --data DIR --task wikitext,qa10 --policies 'h2o,buzz(window=300)' --limit 5",
-        "apiary bench quality --data DIR --task wikitext --entries 282,564,1128 --plots pictures",
-    )
-)
 def quality(
     data: Annotated[Path, typer.Option(metavar="DIR", help="The evaluation files.")],
     task: Annotated[
@@ -85,6 +81,7 @@ def quality(
     reference.
     """
     with server_extra("bench"):
+        from apiary_bench import document
         from apiary_bench.quality import plots as pictures
         from apiary_bench.quality import record, tables
         from apiary_bench.quality.journal import Journal
@@ -111,7 +108,7 @@ def quality(
         ready, stages = prepare(settings)
         partial = None if json is None else json.with_name(f"{json.name}.partial")
         try:
-            with Journal(partial) as journal, _Bars() as bars:
+            with Journal(partial) as journal, Bars() as bars:
                 results = run(ready, stages, journal, bars)
         except KeyboardInterrupt:
             if partial is not None:
@@ -121,17 +118,11 @@ def quality(
         for section in found:
             console.table(tables.table(section))
         if json is not None:
-            record.write(json, record.document(settings, found))
+            document.write(json, record.document(settings, found))
         if plots is not None:
             pictures.draw(plots, ready, results, found)
 
 
-@app.command(
-    epilog=console.examples(
-        "apiary bench report quality.json",
-        "apiary bench report questions.json summaries.json --markdown >> docs/quality.md",
-    )
-)
 def report(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="What `apiary bench quality --json` wrote.")
@@ -163,33 +154,6 @@ def report(
                 console.write(f"{tables.markdown(section)}\n\n")
             else:
                 console.table(tables.table(section))
-
-
-class _Bars:
-    """Shows every stage of a run as a bar of its own."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console.err,
-        )
-        self._bars: dict[str, TaskID] = {}
-
-    def __enter__(self) -> _Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._bars:
-            self._bars[stage] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._bars[stage], completed=done)
 
 
 def _match(text: str) -> Literal["bytes", "entries"]:

@@ -1,0 +1,1 @@
+"""What a running worker does under load: `apiary bench serve`. Without torch and without numpy."""

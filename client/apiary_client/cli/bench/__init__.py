@@ -1,0 +1,18 @@
+"""`apiary bench`: measurements, one file a command."""
+
+from __future__ import annotations
+
+import typer
+
+from apiary_client.cli.bench import quality, serve
+
+app = typer.Typer(no_args_is_help=True, help="Measure.")
+
+
+@app.callback()
+def bench() -> None:
+    """Measure."""
+
+
+serve.register(app)
+quality.register(app)
