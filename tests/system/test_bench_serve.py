@@ -113,9 +113,10 @@ def test_history_that_does_not_fit_leaves_nothing(apiary: Run, client: Client, o
 def test_a_load_that_is_stopped_deletes_its_sessions(
     number: signal.Signals, worker: Worker, client: Client, tmp_path: Path
 ) -> None:
+    background = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]  # as a shell starts it there
     with (tmp_path / "err").open("wb") as err:
         load = subprocess.Popen(
-            [APIARY, "bench", "serve", "--sessions", "3", "--output", "30000"],
+            [*background, APIARY, "bench", "serve", "--sessions", "3", "--output", "30000"],
             env=environment(APIARY_TARGET=worker.target),
             stdout=subprocess.DEVNULL,
             stderr=err,

@@ -87,13 +87,13 @@ def test_a_prompt_beyond_the_trained_length_needs_no_more_memory(engine: Engine)
     for _ in range(2):  # the second overwrites what the first committed: it takes a second slot
         ask(engine, (ids * 300)[:700], "long", max_tokens=2)
     peak = engine.capacity().peak_bytes
-    reader = ask(engine, (ids * 1500)[:20_000], "long", max_tokens=4)
+    reader = ask(engine, (ids * 1000)[:12_000], "long", max_tokens=4)
     assert engine.capacity().peak_bytes == peak
-    assert reader.usage.prompt_tokens == 20_000
+    assert reader.usage.prompt_tokens == 12_000
     assert len(reader.token_ids) == 4
     assert record(engine, "long").cache is not None
     assert engine.sessions.get("default", "long").entries <= 564
-    assert engine.sessions.get("default", "long").token_count == 21_408
+    assert engine.sessions.get("default", "long").token_count == 13_408
     engine.delete_session("default", "long")
     step(engine)
 

@@ -152,7 +152,7 @@ def serve(
 
         try:
             run = asyncio.run(_run(workload, connect))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, asyncio.CancelledError):
             console.note("stopped; nothing is reported")
             raise typer.Exit(130) from None
         summary = summarise(run.records, workload.objectives)
@@ -170,9 +170,13 @@ def serve(
 async def _run(workload: Workload, connect: Connect) -> Run:
     from apiary_bench.serving import generator
 
-    with suppress(NotImplementedError):  # not on every platform
-        # the end that others set, such as `timeout`, must not leave sessions behind either
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+    task = asyncio.current_task()
+    if task is not None:
+        with suppress(NotImplementedError):  # not on every platform
+            # The end that others set, such as `timeout`, must not leave sessions behind either. SIGINT is
+            # named since processes that shells start in the background inherit that it is ignored.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     with Bars() as bars:
         return await generator.run(workload, connect, bars)
 
