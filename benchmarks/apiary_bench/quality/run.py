@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 import buzz
 from apiary_bench.errors import DataError
+from apiary_bench.progress import Observer
 from apiary_bench.quality.bench import Bench, Budget, contenders
 from apiary_bench.quality.journal import Journal
 from apiary_bench.quality.settings import Settings
@@ -34,13 +35,6 @@ _AROUND = (
     "statistics.py",
     "tables.py",
 )
-
-
-class Observer(Protocol):
-    """Hears how far a run is."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` documents of a stage are finished; it is called with 0 first."""
 
 
 @dataclass(frozen=True, slots=True)

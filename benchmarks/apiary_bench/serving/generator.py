@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from itertools import count
 from math import ceil
 from time import perf_counter
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from apiary_bench.errors import LoadError
+from apiary_bench.progress import Observer
 from apiary_bench.serving import plan
 from apiary_bench.serving.plan import Turn
 from apiary_bench.serving.record import Outcome, Record, measure
@@ -26,13 +27,6 @@ _CALL = 30.0  # seconds that a call without a turn may take
 _AT_ONCE = 16  # sessions set up or deleted at once: enough to fill a batch, too few to fill a queue
 _SETTLE = 60.0  # seconds that a turn which was not completed may hold its session
 _LOOK = 0.01  # seconds between looks at whether it still does
-
-
-class Observer(Protocol):
-    """Hears how far a run is."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` turns of a stage have ended; it is called with 0 first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

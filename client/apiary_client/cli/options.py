@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, TypeAlias, TypeVar
 
 import typer
 
@@ -14,6 +14,8 @@ from apiary_client.cli import console
 from apiary_client.errors import ApiaryError
 
 DEFAULT_TARGET = channel.DEFAULT_TARGET
+
+_Client = TypeVar("_Client")
 
 _WHERE = "Connection"
 _HOW = "Sampling"
@@ -74,17 +76,21 @@ Seed: TypeAlias = Annotated[
 @contextmanager
 def connect(target: str, tenant: str | None, tls: bool, tls_root_file: Path | None) -> Iterator[Client]:
     """Yield a client; what goes wrong while it is used ends the command with one line on stderr."""
-    try:
-        client = Client(target, tenant=tenant, tls=encryption(tls, tls_root_file))
-    except (ValueError, OSError) as error:
-        console.fail(str(error))
-    with client, explained(target):
+    with made(Client, target, tenant, tls, tls_root_file) as client, explained(target):
         yield client
 
 
-def encryption(tls: bool, tls_root_file: Path | None) -> TLS | None:
-    """Return how to encrypt; None: plaintext."""
-    return TLS(tls_root_file) if tls or tls_root_file is not None else None
+def made(
+    kind: Callable[..., _Client], target: str, tenant: str | None, tls: bool, tls_root_file: Path | None
+) -> _Client:
+    """Return a client of a kind, sync or asyncio; end the command with one line on stderr where the options
+    make none."""
+    try:
+        return kind(
+            target, tenant=tenant, tls=TLS(tls_root_file) if tls or tls_root_file is not None else None
+        )
+    except (ValueError, OSError) as error:
+        console.fail(str(error))
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from apiary_client.cli.options import (
     Tenant,
     Tls,
     TlsRootFile,
-    encryption,
     explained,
+    made,
 )
 from apiary_client.cli.server_extra import server_extra
 
@@ -142,13 +142,9 @@ def serve(
         )
         if json is not None:
             document.require(json)
-        encrypted = encryption(tls, tls_root_file)
 
         def connect(name: str | None) -> aio.Client:
-            try:
-                return aio.Client(target, tenant=name, tls=encrypted)
-            except (ValueError, OSError) as error:
-                console.fail(str(error))
+            return made(aio.Client, target, name, tls, tls_root_file)
 
         try:
             run = asyncio.run(_run(workload, connect))
