@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     listen: str = "127.0.0.1:50051"
     model: str = "smollm2-135m"
     weights: Literal["fp32", "int8"] = "fp32"
+    backend: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -111,7 +112,6 @@ class Settings(BaseSettings):
             ("state_dir", None),
             ("snapshot_key_file", None),
             ("durability", "off"),
-            ("weights", "fp32"),
         ):
             if getattr(self, name) != off:
                 raise ValueError(f"{name} is not implemented yet: leave it at {off or 'unset'}")

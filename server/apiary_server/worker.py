@@ -90,7 +90,8 @@ def build(settings: Settings, observer: Observer | None = None) -> Engine:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
     dtype, cache_dtype = getattr(torch, settings.dtype), getattr(torch, settings.cache_dtype)
-    loaded = load(resolve(settings.model), device, dtype, cache_dtype)
+    path = resolve(settings.model)
+    loaded = load(path, device, dtype, cache_dtype, settings.backend, settings.weights)
     layouts = Layouts(loaded, settings)
     policy, layout = layouts(None)
     try:
@@ -113,7 +114,7 @@ def build(settings: Settings, observer: Observer | None = None) -> Engine:
         model=model,
         door=Door(model, loaded.tokenizer, sessions, residency, loaded.rotary),
         loop=Loop(
-            Runner(loaded.model),
+            Runner(loaded.backend),
             Scheduler(settings.step_tokens, settings.max_running),
             sessions,
             residency,
@@ -143,7 +144,7 @@ def _info(settings: Settings, loaded: LoadedModel, policy: Policy) -> ModelInfo:
         head_dim=geometry.head_dim,
         vocab_size=loaded.tokenizer.vocab_size,
         max_positions=loaded.rotary.max_positions,
-        weight_dtype=settings.dtype,
+        weight_dtype=settings.dtype if settings.weights == "fp32" else settings.weights,
         cache_dtype=settings.cache_dtype,
         default_policy=str(policy),
         default_max_tokens=min(settings.default_max_tokens, settings.max_tokens),

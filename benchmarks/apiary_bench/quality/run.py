@@ -126,7 +126,7 @@ def code() -> list[Path]:
     from text to logits, and this benchmark without what only asks, keeps and shows."""
     library, worker = Path(buzz.__file__).parent, Path(loader.__file__).parent
     ours = [path for path in Path(__file__).parent.rglob("*.py") if path.name not in _AROUND]
-    return sorted([*library.rglob("*.py"), *worker.glob("*.py"), *ours])
+    return sorted([*library.rglob("*.py"), *worker.rglob("*.py"), *ours])
 
 
 def _key(settings: Settings, task: Task[Any], budget: Budget, bench: Bench, model: str) -> str:

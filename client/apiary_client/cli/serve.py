@@ -60,6 +60,10 @@ def serve(
         str | None, _flag(_MODEL, "NAME|PATH", "smollm2-135m", "A pulled model, a directory or a hub id.")
     ] = None,
     weights: Annotated[str | None, _flag(_MODEL, "fp32|int8", "fp32", "Precision of the weights.")] = None,
+    backend: Annotated[
+        str | None,
+        _flag(_MODEL, "auto|reference|cpu|cuda", "auto", "What computes: the fastest, or one by name."),
+    ] = None,
     device: Annotated[str | None, _flag(_MODEL, "DEVICE", "cpu", "cpu, cuda, cuda:1, mps ...")] = None,
     dtype: Annotated[
         str | None, _flag(_MODEL, "float32|bfloat16|float16", "float32", "Data type of the computation.")

@@ -53,6 +53,52 @@ class Batch:
     chunks: list[ChunkRun] = field(default_factory=list)
 
 
+def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, batch: Batch) -> Tensor:
+    """Write packed rows' keys and values into their sessions' caches, and attend there.
+
+    Args:
+        layer: which of the caches'.
+        queries: `[T, query_heads, head_dim]`, rotated.
+        keys: `[T, kv_heads, head_dim]`, rotated.
+        values: `[T, kv_heads, head_dim]`.
+        scale: of the logits.
+        batch: where the rows belong.
+
+    Returns:
+        `[T, query_heads, head_dim]`, contiguous.
+    """
+    output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+    for run in batch.decodes:
+        rows = run.rows
+        cache_keys, cache_values = run.cache.extend_each(
+            layer, run.entries, run.most, keys[rows], values[rows]
+        )
+        output[rows] = attend_decode(
+            queries[rows],
+            cache_keys,
+            cache_values,
+            run.entries + 1,
+            scale,
+            [Record(s, run.cache.state[s.name][:, layer, :, : run.most]) for s in run.states],
+            run.seen,
+            run.log_n,
+        )
+    for chunk in batch.chunks:
+        rows, end = chunk.rows, chunk.entries + chunk.rows.stop - chunk.rows.start
+        new = (part[rows].transpose(0, 1) for part in (keys, values))
+        cache_keys, cache_values = chunk.cache.extend(layer, chunk.entries, *new)
+        output[rows] = attend_chunk(
+            queries[rows].transpose(0, 1),
+            cache_keys,
+            cache_values,
+            scale,
+            [Record(s, chunk.cache.state[s.name][layer, :, :end]) for s in chunk.states],
+            chunk.seen,
+            chunk.log_n,
+        ).transpose(0, 1)
+    return output
+
+
 def cached_attention(
     module: nn.Module,
     query: Tensor,
@@ -64,7 +110,7 @@ def cached_attention(
     apiary_batch: Batch,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over the sessions' caches.
+    """What transformers' own modules call.
 
     Args:
         module: the attention layer; its `layer_idx` says which layer of the caches.
@@ -82,35 +128,8 @@ def cached_attention(
     if not isinstance(layer, int):
         raise TypeError("attention layers must be numbered")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    queries, keys, values = query[0], key[0], value[0]
-    output = torch.empty_like(queries.transpose(0, 1))
-    for run in apiary_batch.decodes:
-        rows = run.rows
-        new_keys, new_values = (new[:, rows].transpose(0, 1) for new in (keys, values))
-        cache_keys, cache_values = run.cache.extend_each(layer, run.entries, run.most, new_keys, new_values)
-        output[rows] = attend_decode(
-            queries[:, rows].transpose(0, 1),
-            cache_keys,
-            cache_values,
-            run.entries + 1,
-            scale,
-            [Record(s, run.cache.state[s.name][:, layer, :, : run.most]) for s in run.states],
-            run.seen,
-            run.log_n,
-        )
-    for chunk in apiary_batch.chunks:
-        rows, end = chunk.rows, chunk.entries + chunk.rows.stop - chunk.rows.start
-        cache_keys, cache_values = chunk.cache.extend(layer, chunk.entries, keys[:, rows], values[:, rows])
-        output[rows] = attend_chunk(
-            queries[:, rows],
-            cache_keys,
-            cache_values,
-            scale,
-            [Record(s, chunk.cache.state[s.name][layer, :, :end]) for s in chunk.states],
-            chunk.seen,
-            chunk.log_n,
-        ).transpose(0, 1)
-    return output[None], None
+    rows = (part[0].transpose(0, 1) for part in (query, key, value))
+    return attend(layer, *rows, scale, apiary_batch)[None], None
 
 
 AttentionInterface.register(NAME, cached_attention)

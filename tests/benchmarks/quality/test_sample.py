@@ -35,7 +35,7 @@ def test_slots_are_those_that_the_pool_leases(ours: Bench, data: Path) -> None:
         geometry, policy = ours.loaded.geometry, parse(spec)
         layout = SlotLayout.of(geometry, policy, 64)
         pool = Pool(
-            geometry, 2**27, layout, workspaces=1, workspace_entries=64, device=ours.loaded.model.device
+            geometry, 2**27, layout, workspaces=1, workspace_entries=64, device=ours.loaded.backend.device
         )
         lease = pool.lease(layout)
         assert lease is not None

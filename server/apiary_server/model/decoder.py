@@ -1,0 +1,216 @@
+"""The Llama family's decoder over packed rows: transformers' weights in far fewer operations.
+
+Llama, Mistral, Qwen2, Qwen3 and Gemma have one structure: norm, attention, norm, gated MLP, with biases and
+norms of heads here and there. A model is taken by that structure, and the loader compares what comes out with
+the model's own; so a stranger that only looks alike is served by its own modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+from transformers import PreTrainedModel
+
+from apiary_server.errors import ApiaryError
+from apiary_server.model.attention import Batch, attend
+
+Linear = Callable[[Tensor], Tensor]
+"""Rows `[T, in]` to `[T, out]`."""
+MakeLinear = Callable[[Tensor, Tensor | None], Linear]
+"""From a weight `[out, in]` and a bias `[out]`, neither of which is kept."""
+
+_BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
+_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class ForeignStructure(ApiaryError):
+    """A model that is not of the Llama family; the message says by what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Root mean square normalisation (https://arxiv.org/abs/1910.07467) of the last dimension."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rms_norm(rows, self.weight.shape, self.weight, self.eps)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self:
+        """The same as a module of transformers: some keep the weight less one."""
+        weight, eps = getattr(module, "weight", None), _eps(module)
+        if isinstance(weight, Tensor) and eps is not None:
+            sample = torch.linspace(-3, 3, 2 * len(weight)).view(2, -1).to(weight)
+            for scale in (weight, 1 + weight):
+                norm = cls(scale.detach().clone(), eps)
+                if torch.allclose(norm(sample), module(sample), rtol=1e-2, atol=1e-3):
+                    return norm
+        raise ForeignStructure(f"{type(module).__name__} is another kind of normalisation")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer: its queries, keys and values are one product, and so are its gate and up projections."""
+
+    attention_norm: Norm
+    qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    output: Linear
+    mlp_norm: Norm
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A model's weights, as a backend wants them.
+
+    Attributes:
+        embed: token ids `[T]` to rows `[T, hidden]`.
+        layers: in order.
+        norm: after the last layer.
+        head: rows to logits.
+        activation: of the gate.
+        query_heads, kv_heads, head_dim: of attention.
+        scale: of the attention's logits.
+        inv_freq: of the rotary embedding, `[head_dim / 2]` radians per position.
+        rotary_scale: of its cosines and sines.
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    layers: Sequence[Layer]
+    norm: Norm
+    head: Linear
+    activation: Callable[[Tensor], Tensor]
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    inv_freq: Tensor
+    rotary_scale: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, make: MakeLinear) -> Self:
+        """Take the weights of a model.
+
+        Args:
+            model: it is not changed.
+            make: of the weights, linear layers as a backend has them.
+
+        Raises:
+            ForeignStructure: it has layers of another kind.
+        """
+        base, config = model.base_model, model.config
+        layers: Sequence[nn.Module] = getattr(base, "layers", ())
+        for layer in layers:
+            _check(layer)
+        if not layers or set(_names(base)) != _BASE:
+            raise ForeignStructure(f"it has {', '.join(sorted(_names(base)))}")
+        attention = layers[0].self_attn
+        head_dim, rotary = int(attention.head_dim), base.rotary_emb
+        if 2 * len(rotary.inv_freq) != head_dim:
+            raise ForeignStructure("some dimensions are not rotated")
+        return cls(
+            embed=model.get_input_embeddings(),
+            layers=[_layer(layer, make) for layer in layers],
+            norm=Norm.of(base.norm),
+            head=_joined(make, [model.get_output_embeddings()]),
+            activation=layers[0].mlp.act_fn,
+            query_heads=config.num_attention_heads,
+            kv_heads=attention.k_proj.out_features // head_dim,
+            head_dim=head_dim,
+            scale=float(attention.scaling),
+            inv_freq=rotary.inv_freq.detach().clone().float(),
+            rotary_scale=float(getattr(rotary, "attention_scaling", 1.0)),
+        )
+
+    def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
+        """As `Backend.forward`."""
+        cos, sin = self._turns(positions)
+        rows = self.embed(tokens)
+        for number, layer in enumerate(self.layers):
+            qkv = layer.qkv(layer.attention_norm(rows)).view(len(tokens), -1, self.head_dim)
+            queries, keys, values = qkv.split((self.query_heads, self.kv_heads, self.kv_heads), dim=1)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                qk = torch.cat([layer.q_norm(queries), layer.k_norm(keys)], dim=1)
+            else:
+                qk = qkv[:, : self.query_heads + self.kv_heads]
+            queries, keys = _rotated(qk, cos, sin).split((self.query_heads, self.kv_heads), dim=1)
+            attended = attend(number, queries, keys, values, self.scale, batch)
+            rows = rows + layer.output(attended.flatten(1))
+            gate, up = layer.gate_up(layer.mlp_norm(rows)).chunk(2, dim=-1)
+            rows = rows + layer.down(self.activation(gate) * up)
+        return self.head(self.norm(rows[keep]))
+
+    def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[T, 1, head_dim / 2]`, as transformers computes them: in float32."""
+        angles = positions[:, None, None].float() * self.inv_freq
+        dtype = self.norm.weight.dtype
+        return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads `[T, H, head_dim]`, rotated in the Llama convention."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _check(layer: nn.Module) -> None:
+    children = dict(layer.named_children())
+    parts = {"attention": _names(children.get("self_attn")), "mlp": _names(children.get("mlp"))}
+    if set(children) != _LAYER:
+        raise ForeignStructure(f"layers have {', '.join(sorted(children))}")
+    if parts["attention"] - _HEAD_NORMS != {*_PROJECTIONS, "o_proj"} or parts["mlp"] != _MLP:
+        raise ForeignStructure(f"layers have {', '.join(sorted(parts['attention'] | parts['mlp']))}")
+
+
+def _names(module: nn.Module | None) -> set[str]:
+    return set() if module is None else {name for name, _ in module.named_children()}
+
+
+def _layer(layer: nn.Module, make: MakeLinear) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    return Layer(
+        attention_norm=Norm.of(layer.input_layernorm),
+        qkv=_joined(make, [getattr(attention, name) for name in _PROJECTIONS]),
+        q_norm=None if q_norm is None else Norm.of(q_norm),
+        k_norm=None if k_norm is None else Norm.of(k_norm),
+        output=_joined(make, [attention.o_proj]),
+        mlp_norm=Norm.of(layer.post_attention_layernorm),
+        gate_up=_joined(make, [mlp.gate_proj, mlp.up_proj]),
+        down=_joined(make, [mlp.down_proj]),
+    )
+
+
+def _joined(make: MakeLinear, modules: Sequence[nn.Module]) -> Linear:
+    """One product for several of the same rows."""
+    biases = [module.bias for module in modules]
+    bias = None
+    if any(each is not None for each in biases):
+        bias = torch.cat(list(_filled(modules)))
+    return make(torch.cat([module.weight.detach() for module in modules]), bias)
+
+
+def _filled(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
+    for module in modules:
+        weight, bias = module.weight, module.bias
+        yield weight.new_zeros(len(weight)) if bias is None else bias.detach()
+
+
+def _eps(module: nn.Module) -> float | None:
+    for name in ("variance_epsilon", "eps"):
+        if hasattr(module, name):
+            return float(getattr(module, name))
+    return None
