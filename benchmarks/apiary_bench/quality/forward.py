@@ -69,8 +69,8 @@ class Pass:
         """The logits of some rows, float32 `[len(keep), vocab]`."""
         if not self._tokens:
             return torch.empty(0, self._loaded.tokenizer.vocab_size)
-        fed = (self._tensor(values) for values in (self._tokens, self._positions, keep))
-        return self._loaded.backend.forward(*fed, self._batch).float()
+        tokens, positions, rows = map(self._tensor, (self._tokens, self._positions, keep))
+        return self._loaded.backend.forward(tokens, positions, rows, self._batch).float()
 
     def _add(self, tokens: Sequence[int], positions: Sequence[int]) -> slice:
         start = self.rows

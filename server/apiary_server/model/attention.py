@@ -128,8 +128,8 @@ def cached_attention(
     if not isinstance(layer, int):
         raise TypeError("attention layers must be numbered")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = (part[0].transpose(0, 1) for part in (query, key, value))
-    return attend(layer, *rows, scale, apiary_batch)[None], None
+    queries, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
+    return attend(layer, queries, keys, values, scale, apiary_batch)[None], None
 
 
 AttentionInterface.register(NAME, cached_attention)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -111,8 +111,8 @@ class Decoder:
         Raises:
             ForeignStructure: it has layers of another kind.
         """
-        base, config = model.base_model, model.config
-        layers: Sequence[nn.Module] = getattr(base, "layers", ())
+        base: Any = model.base_model
+        layers: Sequence[Any] = getattr(base, "layers", ())
         for layer in layers:
             _check(layer)
         if not layers or set(_names(base)) != _BASE:
@@ -127,7 +127,7 @@ class Decoder:
             norm=Norm.of(base.norm),
             head=_joined(make, [model.get_output_embeddings()]),
             activation=layers[0].mlp.act_fn,
-            query_heads=config.num_attention_heads,
+            query_heads=model.config.num_attention_heads,
             kv_heads=attention.k_proj.out_features // head_dim,
             head_dim=head_dim,
             scale=float(attention.scaling),
@@ -179,7 +179,7 @@ def _names(module: nn.Module | None) -> set[str]:
     return set() if module is None else {name for name, _ in module.named_children()}
 
 
-def _layer(layer: nn.Module, make: MakeLinear) -> Layer:
+def _layer(layer: Any, make: MakeLinear) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     return Layer(
@@ -194,7 +194,7 @@ def _layer(layer: nn.Module, make: MakeLinear) -> Layer:
     )
 
 
-def _joined(make: MakeLinear, modules: Sequence[nn.Module]) -> Linear:
+def _joined(make: MakeLinear, modules: Sequence[Any]) -> Linear:
     """One product for several of the same rows."""
     biases = [module.bias for module in modules]
     bias = None
@@ -203,7 +203,7 @@ def _joined(make: MakeLinear, modules: Sequence[nn.Module]) -> Linear:
     return make(torch.cat([module.weight.detach() for module in modules]), bias)
 
 
-def _filled(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
+def _filled(modules: Sequence[Any]) -> Iterator[Tensor]:
     for module in modules:
         weight, bias = module.weight, module.bias
         yield weight.new_zeros(len(weight)) if bias is None else bias.detach()

@@ -52,9 +52,8 @@ class Runner:
         last = [asked[i] for i in sorted(asked)]
         for piece in packed:
             piece.cache.prepare(len(piece.tokens))
-        logits = self._backend.forward(
-            *(self._tensor(values) for values in (tokens, positions, last)), self._batch(packed, starts)
-        )
+        ids, places, keep = map(self._tensor, (tokens, positions, last))
+        logits = self._backend.forward(ids, places, keep, self._batch(packed, starts))
         for piece in packed:
             piece.cache.append(len(piece.tokens))
         return logits

@@ -25,11 +25,16 @@ def choose(kind: Kind, weights: Weights, model: PreTrainedModel) -> Backend:
     Raises:
         ForeignStructure: the backend does not take this model, its device, its dtype or such weights.
     """
-    fast = "cpu" if model.device.type == "cpu" and model.dtype == torch.float32 else "reference"
-    fast = model.device.type if model.device.type == "cuda" else fast
-    kind = fast if kind == "auto" else kind
+    if kind == "auto":
+        kind = _fastest(model.device.type, model.dtype)
     if weights != "fp32" and kind != "cpu":
         raise ForeignStructure(f"the backend {kind} keeps weights as they are, and not as {weights}")
     if kind == "cpu":
         return Cpu(model, weights)
     return Cuda(model) if kind == "cuda" else Reference(model)
+
+
+def _fastest(device: str, dtype: torch.dtype) -> Kind:
+    if device == "cuda":
+        return "cuda"
+    return "cpu" if device == "cpu" and dtype == torch.float32 else "reference"

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from apiary_server.model.attention import Batch
 from apiary_server.model.decoder import Decoder, ForeignStructure
 
+_ROWS = 256  # of the products that a packed weight is laid out for: best from 1 to 256
 _LEAST = 1e-12  # of a scale, for rows of zeros
 _DIGIT = 254  # the second digit of an activation counts this much less: half a step of the first, either way
 
@@ -49,7 +50,7 @@ class Packed:
     """A linear layer whose weight lies in the order in which oneDNN's kernels read it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
         self._bias = bias
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from apiary_server.model.backends.cpu import Cpu, Int8, Packed
+from apiary_server.model.decoder import ForeignStructure, Linear
+from tests.server.model.test_decoder import FAMILY, logits_of, model_of
+
+SHAPES = [(96, 40), (576, 1536)]
+
+
+def layer(shape: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) * 0.1, torch.randn(shape[0], generator=generator)
+
+
+def rows_like(shape: tuple[int, int], count: int) -> Tensor:
+    """Some of them with an outlier, as activations have."""
+    rows = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(1))
+    rows[::3, 5] *= 50
+    return rows
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [1, 2, 16, 300])
+@pytest.mark.parametrize(("make", "error"), [(Packed, 1e-5), (Int8, 1e-2)])
+def test_a_product_is_that_of_the_weights(
+    make: Callable[[Tensor, Tensor | None], Linear], error: float, shape: tuple[int, int], count: int
+) -> None:
+    weight, bias = layer(shape)
+    rows = rows_like(shape, count)
+    for some in (None, bias):
+        expected = linear(rows.double(), weight.double(), None if some is None else some.double())
+        found = make(weight.clone(), some)(rows)
+        off = (found - expected).norm(dim=1) / expected.norm(dim=1)
+        assert float(off.max()) < error
+
+
+def test_two_digits_leave_the_weights_as_the_only_error() -> None:
+    """With weights that eight bits hold exactly, what is left is that of 16-bit activations."""
+    shape = SHAPES[1]
+    weight = torch.randint(-126, 127, shape, generator=torch.Generator().manual_seed(0)).float()
+    weight[:, 0] = 127
+    rows = rows_like(shape, 7)
+    found, expected = Int8(weight, None)(rows), linear(rows.double(), weight.double())
+    assert float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 1e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_of_integers_does_not_depend_on_the_others(shape: tuple[int, int]) -> None:
+    weight, bias = layer(shape)
+    int8, rows = Int8(weight, bias), rows_like(shape, 65)
+    together = int8(rows)
+    for count in (1, 2, 17, 40):
+        assert torch.equal(int8(rows[:count]), together[:count])
+        assert torch.equal(int8(rows[-count:]), together[-count:])
+
+
+def test_rows_of_zeros_stay_zero() -> None:
+    weight, _ = layer(SHAPES[0])
+    assert not Int8(weight, None)(torch.zeros(3, 40)).any()
+    assert not Int8(torch.zeros(96, 40), None)(torch.ones(3, 40)).any()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(("weights", "error"), [("fp32", 1e-5), ("int8", 0.1)])
+def test_a_model_of_the_family_gives_its_logits(name: str, weights: str, error: float) -> None:
+    config = FAMILY[name]()
+    model = model_of(config)
+    expected = logits_of(Cpu(model, "fp32").forward, config)
+    found = logits_of(Cpu(model, weights).forward, config)  # type: ignore[arg-type]
+    assert torch.allclose(found, expected, atol=error * float(expected.abs().max()))
+
+
+def test_it_computes_in_float32() -> None:
+    with pytest.raises(ForeignStructure, match=r"not in torch\.bfloat16 on cpu"):
+        Cpu(model_of(FAMILY["llama"](), torch.bfloat16), "fp32")
