@@ -4,6 +4,7 @@ it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,14 @@ class DecodeRun:
     states: tuple[State, ...]
     log_n: int | None
 
+    def records(self, layer: int) -> list[Record]:
+        """What attention in a layer records, and where."""
+        return [Record(s, self.cache.state[s.name][:, layer, :, : self.most]) for s in self.states]
+
+
+Decode = Callable[[int, Tensor, Tensor, Tensor, float, DecodeRun], Tensor]
+"""As `decode`."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkRun:
@@ -53,7 +62,35 @@ class Batch:
     chunks: list[ChunkRun] = field(default_factory=list)
 
 
-def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, batch: Batch) -> Tensor:
+def decode(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun) -> Tensor:
+    """Write one new entry into each of the run's caches, and attend there.
+
+    Args:
+        layer: which of the caches'.
+        queries: `[B, query_heads, head_dim]`, rotated.
+        keys: `[B, kv_heads, head_dim]`, rotated.
+        values: `[B, kv_heads, head_dim]`.
+        scale: of the logits.
+        run: the caches.
+
+    Returns:
+        `[B, query_heads, head_dim]`.
+    """
+    cache_keys, cache_values = run.cache.extend_each(layer, run.entries, run.most, keys, values)
+    records = run.records(layer)
+    lengths = run.entries + 1
+    return attend_decode(queries, cache_keys, cache_values, lengths, scale, records, run.seen, run.log_n)
+
+
+def attend(
+    layer: int,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    batch: Batch,
+    decode: Decode = decode,
+) -> Tensor:
     """Write packed rows' keys and values into their sessions' caches, and attend there.
 
     Args:
@@ -63,6 +100,7 @@ def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: flo
         values: `[T, kv_heads, head_dim]`.
         scale: of the logits.
         batch: where the rows belong.
+        decode: how rows that are alone in their sessions do it.
 
     Returns:
         `[T, query_heads, head_dim]`, contiguous.
@@ -70,19 +108,7 @@ def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: flo
     output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     for run in batch.decodes:
         rows = run.rows
-        cache_keys, cache_values = run.cache.extend_each(
-            layer, run.entries, run.most, keys[rows], values[rows]
-        )
-        output[rows] = attend_decode(
-            queries[rows],
-            cache_keys,
-            cache_values,
-            run.entries + 1,
-            scale,
-            [Record(s, run.cache.state[s.name][:, layer, :, : run.most]) for s in run.states],
-            run.seen,
-            run.log_n,
-        )
+        output[rows] = decode(layer, queries[rows], keys[rows], values[rows], scale, run)
     for chunk in batch.chunks:
         rows, end = chunk.rows, chunk.entries + chunk.rows.stop - chunk.rows.start
         new = (part[rows].transpose(0, 1) for part in (keys, values))

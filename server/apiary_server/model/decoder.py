@@ -17,7 +17,7 @@ from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from apiary_server.errors import ApiaryError
-from apiary_server.model.attention import Batch, attend
+from apiary_server.model.attention import Batch, Decode, attend, decode
 
 Linear = Callable[[Tensor], Tensor]
 """Rows `[T, in]` to `[T, out]`."""
@@ -86,6 +86,7 @@ class Decoder:
         scale: of the attention's logits.
         inv_freq: of the rotary embedding, `[head_dim / 2]` radians per position.
         rotary_scale: of its cosines and sines.
+        decode: the attention of single tokens.
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -99,14 +100,16 @@ class Decoder:
     scale: float
     inv_freq: Tensor
     rotary_scale: float
+    decode: Decode
 
     @classmethod
-    def of(cls, model: PreTrainedModel, make: MakeLinear) -> Self:
+    def of(cls, model: PreTrainedModel, make: MakeLinear, decode: Decode = decode) -> Self:
         """Take the weights of a model.
 
         Args:
             model: it is not changed.
             make: of the weights, linear layers as a backend has them.
+            decode: the attention of single tokens.
 
         Raises:
             ForeignStructure: it has layers of another kind.
@@ -133,6 +136,7 @@ class Decoder:
             scale=float(attention.scaling),
             inv_freq=rotary.inv_freq.detach().clone().float(),
             rotary_scale=float(getattr(rotary, "attention_scaling", 1.0)),
+            decode=decode,
         )
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
@@ -147,7 +151,7 @@ class Decoder:
             else:
                 qk = qkv[:, : self.query_heads + self.kv_heads]
             queries, keys = _rotated(qk, cos, sin).split((self.query_heads, self.kv_heads), dim=1)
-            attended = attend(number, queries, keys, values, self.scale, batch)
+            attended = attend(number, queries, keys, values, self.scale, batch, self.decode)
             rows = rows + layer.output(attended.flatten(1))
             gate, up = layer.gate_up(layer.mlp_norm(rows)).chunk(2, dim=-1)
             rows = rows + layer.down(self.activation(gate) * up)

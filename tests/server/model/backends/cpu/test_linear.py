@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from apiary_server.model.backends.cpu import Cpu, Int8, Packed
-from apiary_server.model.decoder import ForeignStructure, Linear
-from tests.server.model.test_decoder import FAMILY, logits_of, model_of
+from apiary_server.model.backends.cpu.linear import Int8, Packed
+from apiary_server.model.decoder import Linear
 
 SHAPES = [(96, 40), (576, 1536)]
 
@@ -65,18 +64,3 @@ def test_rows_of_zeros_stay_zero() -> None:
     weight, _ = layer(SHAPES[0])
     assert not Int8(weight, None)(torch.zeros(3, 40)).any()
     assert not Int8(torch.zeros(96, 40), None)(torch.ones(3, 40)).any()
-
-
-@pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize(("weights", "error"), [("fp32", 1e-5), ("int8", 0.1)])
-def test_a_model_of_the_family_gives_its_logits(name: str, weights: str, error: float) -> None:
-    config = FAMILY[name]()
-    model = model_of(config)
-    expected = logits_of(Cpu(model, "fp32").forward, config)
-    found = logits_of(Cpu(model, weights).forward, config)  # type: ignore[arg-type]
-    assert torch.allclose(found, expected, atol=error * float(expected.abs().max()))
-
-
-def test_it_computes_in_float32() -> None:
-    with pytest.raises(ForeignStructure, match=r"not in torch\.bfloat16 on cpu"):
-        Cpu(model_of(FAMILY["llama"](), torch.bfloat16), "fp32")

@@ -1,49 +1,13 @@
-"""Decoders on a CPU: products by oneDNN, with weights packed once, or of eight-bit integers."""
+"""Linear layers on a CPU: products by oneDNN, with weights packed once, or of eight-bit integers."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from apiary_server.model.attention import Batch
-from apiary_server.model.decoder import Decoder, ForeignStructure
 
 _ROWS = 256  # of the products that a packed weight is laid out for: best from 1 to 256
 _LEAST = 1e-12  # of a scale, for rows of zeros
 _DIGIT = 254  # the second digit of an activation counts this much less: half a step of the first, either way
-
-
-class Cpu:
-    """As `Backend`, for the Llama family in float32.
-
-    Args:
-        model: it is not changed, and may be dropped afterwards.
-        weights: `fp32`, or `int8` for a quarter of the memory traffic.
-
-    Raises:
-        ForeignStructure: it is another kind of model, or not float32 on a CPU.
-    """
-
-    def __init__(self, model: PreTrainedModel, weights: Literal["fp32", "int8"]) -> None:
-        if model.device.type != "cpu" or model.dtype != torch.float32:
-            raise ForeignStructure(
-                f"the backend cpu computes in float32, and not in {model.dtype} on {model.device}"
-            )
-        self._decoder = Decoder.of(model, Packed if weights == "fp32" else Int8)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
-        return self._decoder.forward(tokens, positions, keep, batch)
 
 
 class Packed:

@@ -1,0 +1,121 @@
+"""Decode attention by our own kernel, `attention.c`: one pass over each cache, on the threads of torch."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from apiary_server.model.attention import DecodeRun, decode
+from apiary_server.model.backends.cpu.library import library
+from buzz import MAX_STATES, Buffers, Record
+
+_CACHES = (torch.float32, torch.bfloat16)
+
+
+class _State(ctypes.Structure):
+    _fields_ = (("into", c_void_p), ("row", c_int64), ("head", c_int64), ("votes", c_int64), ("decay", c_float))
+
+
+class _Decode(ctypes.Structure):
+    """As in `attention.c`."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "kv_heads", "group", "dim", "bfloat16", "states")),
+        ("queries", c_void_p),
+        ("query_row", c_int64),
+        ("new_keys", c_void_p),
+        ("new_values", c_void_p),
+        ("new_key_row", c_int64),
+        ("new_value_row", c_int64),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("cache_row", c_int64),
+        ("cache_head", c_int64),
+        ("lengths", c_void_p),
+        ("seen", c_void_p),
+        ("output", c_void_p),
+        ("longest", c_int64),
+        ("scale", c_float),
+        ("log_n", c_float),
+        ("state", _State * MAX_STATES),
+    )
+
+
+class Attention:
+    """`apiary_server.model.attention.decode`, in one pass over each cache.
+
+    Raises:
+        OSError: the kernel was not built.
+    """
+
+    def __init__(self) -> None:
+        self._attend = library("attention").apiary_attend_decode
+        self._attend.argtypes, self._attend.restype = [POINTER(_Decode)], c_int
+
+    def __call__(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
+    ) -> Tensor:
+        """As `decode`.
+
+        Raises:
+            MemoryError: there is none for one head's weights.
+        """
+        if not _fit(queries, keys, values, run.cache):
+            return decode(layer, queries, keys, values, scale, run)
+        packed = run.cache.packed is not None and run.cache.packed.most > 0
+        if packed:
+            cache_keys, cache_values = run.cache.extend_each(layer, run.entries, run.most, keys, values)
+        else:
+            cache_keys, cache_values = run.cache.keys[:, layer], run.cache.values[:, layer]
+        lengths = run.entries + 1
+        batch, query_heads, dim = queries.shape
+        kv_heads = keys.shape[1]
+        output = torch.empty(queries.shape)
+        records = run.records(layer)
+        task = _Decode(
+            rows=batch,
+            kv_heads=kv_heads,
+            group=query_heads // kv_heads,
+            dim=dim,
+            bfloat16=cache_keys.dtype == torch.bfloat16,
+            states=len(records),
+            queries=queries.data_ptr(),
+            query_row=queries.stride(0),
+            new_keys=None if packed else keys.data_ptr(),
+            new_values=None if packed else values.data_ptr(),
+            new_key_row=keys.stride(0),
+            new_value_row=values.stride(0),
+            keys=cache_keys.data_ptr(),
+            values=cache_values.data_ptr(),
+            cache_row=cache_keys.stride(0),
+            cache_head=cache_keys.stride(1),
+            lengths=lengths.data_ptr(),
+            seen=run.seen.data_ptr(),
+            output=output.data_ptr(),
+            longest=run.most,
+            scale=scale,
+            log_n=run.log_n or 0,
+            state=(_State * MAX_STATES)(*map(_state, records)),
+        )
+        if self._attend(byref(task)):
+            raise MemoryError(f"no memory for the weights of {run.most} entries")
+        return output
+
+
+def _state(record: Record) -> _State:
+    into = record.into
+    votes = record.state.kind == "vote"
+    return _State(into.data_ptr(), into.stride(0), into.stride(1), votes, record.state.decay)
+
+
+def _fit(queries: Tensor, keys: Tensor, values: Tensor, cache: Buffers) -> bool:
+    """Whether the kernel reads such tensors."""
+    dim = queries.shape[-1]
+    return (
+        all(part.dtype == torch.float32 and part.stride()[1:] == (dim, 1) for part in (queries, keys, values))
+        and cache.keys.dtype in _CACHES
+        and all(state.element_size() == 4 for state in cache.state.values())
+    )
