@@ -32,8 +32,8 @@ class Int8:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._scale = weight.abs().amax(dim=1).clamp_(min=_LEAST) / 127
-        self._codes = (weight / self._scale[:, None]).round_().to(torch.int8).t()
+        codes, self._scale = quantised(weight)
+        self._codes = codes.t()
         self._bias = bias
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -45,3 +45,9 @@ class Int8:
         high, low = torch._int_mm(codes.flatten(0, 1), self._codes).chunk(2)
         result = high.float().add_(low, alpha=1 / _DIGIT).mul_(self._scale).mul_(scale)
         return result if self._bias is None else result.add_(self._bias)
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 `[out, in]` and one scale per output channel, `[out]`."""
+    scale = weight.abs().amax(dim=1).clamp_(min=_LEAST) / 127
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
