@@ -20,7 +20,7 @@ help: ## Show this list
 .PHONY: setup
 setup: $(stamp) ## Create .venv with everything in it; .venv/bin/apiary works afterwards
 
-$(stamp): pyproject.toml hatch_build.py scripts/setup.sh $(wildcard server/apiary_server/model/backends/cpu/*.c)
+$(stamp): pyproject.toml hatch_build.py scripts/setup.sh $(wildcard server/apiary_server/model/backends/cpu/*.[ch])
 	@scripts/setup.sh
 	@touch $@
 

@@ -55,7 +55,7 @@ class Kernels(BuildHookInterface):  # type: ignore[type-arg]
         )
         try:
             for step in steps:
-                done = subprocess.run(step, capture_output=True, text=True, check=False)
+                done = subprocess.run(step, capture_output=True, text=True, check=False)  # noqa: S603
                 if done.returncode:
                     self.app.display_warning(f"{' '.join(step)} failed: {done.stderr[-2000:]}")
                     return False

@@ -13,16 +13,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from apiary_server.errors import ApiaryError
-from apiary_server.model.attention import Batch, Decode, attend, decode
-
-Linear = Callable[[Tensor], Tensor]
-"""Rows `[T, in]` to `[T, out]`."""
-MakeLinear = Callable[[Tensor, Tensor | None], Linear]
-"""From a weight `[out, in]` and a bias `[out]`, neither of which is kept."""
+from apiary_server.model.attention import Batch, attend
+from apiary_server.model.operations import Linear, Norm, Operations
 
 _BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -33,29 +28,6 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 class ForeignStructure(ApiaryError):
     """A model that is not of the Llama family; the message says by what."""
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """Root mean square normalisation (https://arxiv.org/abs/1910.07467) of the last dimension."""
-
-    weight: Tensor
-    eps: float
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return rms_norm(rows, self.weight.shape, self.weight, self.eps)
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Self:
-        """The same as a module of transformers: some keep the weight less one."""
-        weight, eps = getattr(module, "weight", None), _eps(module)
-        if isinstance(weight, Tensor) and eps is not None:
-            sample = torch.linspace(-3, 3, 2 * len(weight)).view(2, -1).to(weight)
-            for scale in (weight, 1 + weight):
-                norm = cls(scale.detach().clone(), eps)
-                if torch.allclose(norm(sample), module(sample), rtol=1e-2, atol=1e-3):
-                    return norm
-        raise ForeignStructure(f"{type(module).__name__} is another kind of normalisation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +58,7 @@ class Decoder:
         scale: of the attention's logits.
         inv_freq: of the rotary embedding, `[head_dim / 2]` radians per position.
         rotary_scale: of its cosines and sines.
-        decode: the attention of single tokens.
+        operations: how a backend does what lies between the products.
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -100,16 +72,15 @@ class Decoder:
     scale: float
     inv_freq: Tensor
     rotary_scale: float
-    decode: Decode
+    operations: Operations
 
     @classmethod
-    def of(cls, model: PreTrainedModel, make: MakeLinear, decode: Decode = decode) -> Self:
+    def of(cls, model: PreTrainedModel, operations: Operations) -> Self:
         """Take the weights of a model.
 
         Args:
             model: it is not changed.
-            make: of the weights, linear layers as a backend has them.
-            decode: the attention of single tokens.
+            operations: of the backend, which makes linear layers of the weights.
 
         Raises:
             ForeignStructure: it has layers of another kind.
@@ -126,9 +97,9 @@ class Decoder:
             raise ForeignStructure("some dimensions are not rotated")
         return cls(
             embed=model.get_input_embeddings(),
-            layers=[_layer(layer, make) for layer in layers],
-            norm=Norm.of(base.norm),
-            head=_joined(make, [model.get_output_embeddings()]),
+            layers=[_layer(layer, operations) for layer in layers],
+            norm=_norm(base.norm),
+            head=_joined(operations, [model.get_output_embeddings()]),
             activation=layers[0].mlp.act_fn,
             query_heads=model.config.num_attention_heads,
             kv_heads=attention.k_proj.out_features // head_dim,
@@ -136,38 +107,35 @@ class Decoder:
             scale=float(attention.scaling),
             inv_freq=rotary.inv_freq.detach().clone().float(),
             rotary_scale=float(getattr(rotary, "attention_scaling", 1.0)),
-            decode=decode,
+            operations=operations,
         )
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
         """As `Backend.forward`."""
         cos, sin = self._turns(positions)
-        rows = self.embed(tokens)
+        do, heads, kv = self.operations, self.query_heads, self.kv_heads
+        rows, more = self.embed(tokens), None
         for number, layer in enumerate(self.layers):
-            qkv = layer.qkv(layer.attention_norm(rows)).view(len(tokens), -1, self.head_dim)
-            queries, keys, values = qkv.split((self.query_heads, self.kv_heads, self.kv_heads), dim=1)
+            qkv = layer.qkv(do.add_norm(layer.attention_norm, rows, more))
+            qkv = qkv.view(len(tokens), -1, self.head_dim)
             if layer.q_norm is not None and layer.k_norm is not None:
+                queries, keys = qkv[:, :heads], qkv[:, heads : heads + kv]
                 qk = torch.cat([layer.q_norm(queries), layer.k_norm(keys)], dim=1)
             else:
-                qk = qkv[:, : self.query_heads + self.kv_heads]
-            queries, keys = _rotated(qk, cos, sin).split((self.query_heads, self.kv_heads), dim=1)
-            attended = attend(number, queries, keys, values, self.scale, batch, self.decode)
-            rows = rows + layer.output(attended.flatten(1))
-            gate, up = layer.gate_up(layer.mlp_norm(rows)).chunk(2, dim=-1)
-            rows = rows + layer.down(self.activation(gate) * up)
-        return self.head(self.norm(rows[keep]))
+                qk = qkv[:, : heads + kv]
+            queries, keys = do.rotate(qk, cos, sin).split((heads, kv), dim=1)
+            attended = attend(number, queries, keys, qkv[:, heads + kv :], self.scale, batch, do.decode)
+            more = layer.output(attended.flatten(1))
+            gate_up = layer.gate_up(do.add_norm(layer.mlp_norm, rows, more))
+            more = layer.down(do.gated(gate_up, self.activation))
+        rows, more = rows[keep], None if more is None else more[keep]
+        return self.head(do.add_norm(self.norm, rows, more))
 
     def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[T, 1, head_dim / 2]`, as transformers computes them: in float32."""
         angles = positions[:, None, None].float() * self.inv_freq
         dtype = self.norm.weight.dtype
         return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
-
-
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads `[T, H, head_dim]`, rotated in the Llama convention."""
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def _check(layer: nn.Module) -> None:
@@ -183,28 +151,28 @@ def _names(module: nn.Module | None) -> set[str]:
     return set() if module is None else {name for name, _ in module.named_children()}
 
 
-def _layer(layer: Any, make: MakeLinear) -> Layer:
+def _layer(layer: Any, operations: Operations) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     return Layer(
-        attention_norm=Norm.of(layer.input_layernorm),
-        qkv=_joined(make, [getattr(attention, name) for name in _PROJECTIONS]),
-        q_norm=None if q_norm is None else Norm.of(q_norm),
-        k_norm=None if k_norm is None else Norm.of(k_norm),
-        output=_joined(make, [attention.o_proj]),
-        mlp_norm=Norm.of(layer.post_attention_layernorm),
-        gate_up=_joined(make, [mlp.gate_proj, mlp.up_proj]),
-        down=_joined(make, [mlp.down_proj]),
+        attention_norm=_norm(layer.input_layernorm),
+        qkv=_joined(operations, [getattr(attention, name) for name in _PROJECTIONS]),
+        q_norm=None if q_norm is None else _norm(q_norm),
+        k_norm=None if k_norm is None else _norm(k_norm),
+        output=_joined(operations, [attention.o_proj]),
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        gate_up=_joined(operations, [mlp.gate_proj, mlp.up_proj]),
+        down=_joined(operations, [mlp.down_proj]),
     )
 
 
-def _joined(make: MakeLinear, modules: Sequence[Any]) -> Linear:
+def _joined(operations: Operations, modules: Sequence[Any]) -> Linear:
     """One product for several of the same rows."""
     biases = [module.bias for module in modules]
     bias = None
     if any(each is not None for each in biases):
         bias = torch.cat(list(_filled(modules)))
-    return make(torch.cat([module.weight.detach() for module in modules]), bias)
+    return operations.linear(torch.cat([module.weight.detach() for module in modules]), bias)
 
 
 def _filled(modules: Sequence[Any]) -> Iterator[Tensor]:
@@ -218,3 +186,15 @@ def _eps(module: nn.Module) -> float | None:
         if hasattr(module, name):
             return float(getattr(module, name))
     return None
+
+
+def _norm(module: nn.Module) -> Norm:
+    """The same as a module of transformers: some keep the weight less one."""
+    weight, eps = getattr(module, "weight", None), _eps(module)
+    if isinstance(weight, Tensor) and eps is not None:
+        sample = torch.linspace(-3, 3, 2 * len(weight)).view(2, -1).to(weight)
+        for scale in (weight, 1 + weight):
+            norm = Norm(scale.detach().clone(), eps)
+            if torch.allclose(norm(sample), module(sample), rtol=1e-2, atol=1e-3):
+                return norm
+    raise ForeignStructure(f"{type(module).__name__} is another kind of normalisation")

@@ -1,17 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from apiary_server.model.attention import NAME, Batch, ChunkRun, DecodeRun
 from apiary_server.model.backends import Reference
-from apiary_server.model.decoder import Decoder, ForeignStructure, Linear, Norm
+from apiary_server.model.decoder import Decoder, ForeignStructure
+from apiary_server.model.operations import Operations
 from buzz import Buffers
 from tests.server.model.test_loader import SIZES
 
@@ -25,10 +26,6 @@ FAMILY: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma": lambda: hf.GemmaConfig(**SIZES, head_dim=16),
 }
 TOKENS = [(7 * i) % 250 + 3 for i in range(24)]
-
-
-def plain(weight: Tensor, bias: Tensor | None) -> Linear:
-    return lambda rows: linear(rows, weight, bias)
 
 
 def model_of(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -62,7 +59,7 @@ def logits_of(forward: Callable[[Tensor, Tensor, Tensor, Batch], Tensor], config
 def test_it_computes_what_the_models_own_modules_do(name: str) -> None:
     config = FAMILY[name]()
     model = model_of(config)
-    ours = logits_of(Decoder.of(model, plain).forward, config)
+    ours = logits_of(Decoder.of(model, Operations()).forward, config)
     theirs = logits_of(Reference(model).forward, config)
     assert ours.shape == (len(TOKENS), config.vocab_size)
     assert torch.allclose(ours, theirs, atol=1e-5 * float(theirs.abs().max()))
@@ -80,9 +77,11 @@ def test_it_computes_what_the_models_own_modules_do(name: str) -> None:
 )
 def test_another_structure_is_told(config: PreTrainedConfig) -> None:
     with pytest.raises(ForeignStructure, match=r"(it has|layers have) "):
-        Decoder.of(AutoModelForCausalLM.from_config(config), plain)
+        Decoder.of(AutoModelForCausalLM.from_config(config), Operations())
 
 
 def test_another_norm_is_told() -> None:
+    model: Any = model_of(FAMILY["llama"]())
+    model.model.norm = nn.LayerNorm(model.config.hidden_size)
     with pytest.raises(ForeignStructure, match="LayerNorm is another kind of normalisation"):
-        Norm.of(nn.LayerNorm(8))
+        Decoder.of(model, Operations())

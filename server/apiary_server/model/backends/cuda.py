@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from apiary_server.model.attention import Batch
-from apiary_server.model.decoder import Decoder, Linear
+from apiary_server.model.decoder import Decoder
+from apiary_server.model.operations import Operations
 
 
 class Cuda:
@@ -23,7 +23,7 @@ class Cuda:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._device, self._dtype = model.device, model.dtype
-        self._decoder = Decoder.of(model, _plain)
+        self._decoder = Decoder.of(model, Operations())
 
     @property
     def device(self) -> torch.device:
@@ -35,7 +35,3 @@ class Cuda:
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
         return self._decoder.forward(tokens, positions, keep, batch)
-
-
-def _plain(weight: Tensor, bias: Tensor | None) -> Linear:
-    return lambda rows: linear(rows, weight, bias)

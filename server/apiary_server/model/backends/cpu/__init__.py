@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import structlog
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from apiary_server.model.attention import Batch, Decode, decode
-from apiary_server.model.backends.cpu.attention import Attention
-from apiary_server.model.backends.cpu.int8 import Vnni
-from apiary_server.model.backends.cpu.linear import Int8, Packed
-from apiary_server.model.decoder import Decoder, ForeignStructure, MakeLinear
-
-_log = structlog.get_logger(__name__)
+from apiary_server.model.attention import Batch
+from apiary_server.model.backends.cpu.operations import fastest
+from apiary_server.model.decoder import Decoder, ForeignStructure
 
 
 class Cpu:
@@ -34,7 +29,7 @@ class Cpu:
             raise ForeignStructure(
                 f"the backend cpu computes in float32, and not in {model.dtype} on {model.device}"
             )
-        self._decoder = Decoder.of(model, _make(weights), _attention())
+        self._decoder = Decoder.of(model, fastest(weights))
 
     @property
     def device(self) -> torch.device:
@@ -46,25 +41,3 @@ class Cpu:
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
         return self._decoder.forward(tokens, positions, keep, batch)
-
-
-def _make(weights: Literal["fp32", "int8"]) -> MakeLinear:
-    if weights == "fp32":
-        return Packed
-    try:
-        Vnni(torch.zeros(1, 1), None)
-    except OSError as error:
-        _log.warning("int8 weights run without their kernel, at half the speed", reason=str(error))
-        return Int8
-    return Vnni
-
-
-def _attention() -> Decode:
-    try:
-        return Attention()
-    except OSError as error:
-        _log.warning(
-            "attention runs without its kernel, more slowly: install again with a C compiler",
-            reason=str(error),
-        )
-        return decode

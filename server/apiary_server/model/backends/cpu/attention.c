@@ -5,17 +5,9 @@
    nothing outside of its row. Threads are OpenMP's; the symbols come from the library that torch has
    loaded, so that both share one pool of threads. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "kernels.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#if defined(__x86_64__) && defined(__linux__)
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_PROCESSOR
-#endif
+#include <stdlib.h>
 
 enum { MOST_STATES = 2, GROUP = 4, WIDTH = 64 };
 
@@ -43,23 +35,6 @@ typedef struct {
     float log_n; /* 0: none */
     State state[MOST_STATES];
 } Decode;
-
-/* Cephes' exp2 polynomial for what is left of the exponent; to 2 units in the last place. */
-INLINE float exponential(float x) {
-    x *= 1.44269504f;
-    x = x < -126.0f ? -126.0f : x;
-    float whole = floorf(x), part = x - whole, power = 1.535336188e-4f;
-    power = power * part + 1.339887440e-3f;
-    power = power * part + 9.618437358e-3f;
-    power = power * part + 5.550332472e-2f;
-    power = power * part + 2.402264791e-1f;
-    power = power * part + 6.931472029e-1f;
-    power = power * part + 1.0f;
-    int32_t bits = ((int32_t)whole + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return power * scale;
-}
 
 INLINE float element(const void *memory, int64_t at, int bfloat16) {
     if (!bfloat16) return ((const float *)memory)[at];

@@ -16,7 +16,13 @@ _CACHES = (torch.float32, torch.bfloat16)
 
 
 class _State(ctypes.Structure):
-    _fields_ = (("into", c_void_p), ("row", c_int64), ("head", c_int64), ("votes", c_int64), ("decay", c_float))
+    _fields_ = (
+        ("into", c_void_p),
+        ("row", c_int64),
+        ("head", c_int64),
+        ("votes", c_int64),
+        ("decay", c_float),
+    )
 
 
 class _Decode(ctypes.Structure):

@@ -11,8 +11,9 @@ _HERE = Path(__file__).parent
 
 
 def binary(source: Path) -> Path:
-    """Where the compiled form of a C file lies: beside it, named by its contents, so that it is never stale."""
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    """Where the compiled form of a C file lies: beside it, named by its contents, so never stale."""
+    sources = (source.with_name("kernels.h"), source)
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
     return source.with_name(f"{source.stem}-{digest}.so")
 
 

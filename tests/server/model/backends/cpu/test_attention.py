@@ -17,7 +17,16 @@ LAYERS, CAPACITY = 2, 70
 LENGTHS = [1, 2, 17, CAPACITY - 1]  # before the new entry
 MASS, FADING, VOTES = State("mass"), State("fading", decay=0.9), State("votes", kind="vote")
 # query heads, KV heads, channels: some compiled for, some not
-SHAPES = [(9, 3, 64), (4, 4, 128), (14, 2, 64), (12, 2, 64), (32, 8, 128), (2, 2, 64), (4, 2, 128), (10, 2, 40)]
+SHAPES = [
+    (9, 3, 64),
+    (4, 4, 128),
+    (14, 2, 64),
+    (12, 2, 64),
+    (32, 8, 128),
+    (2, 2, 64),
+    (4, 2, 128),
+    (10, 2, 40),
+]
 SHAPES += [(3, 1, 256), (1, 1, 8), (5, 1, 72)]
 
 

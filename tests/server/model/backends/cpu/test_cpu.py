@@ -33,11 +33,13 @@ def test_without_its_kernel_it_says_so_and_computes_the_same(
     config = FAMILY["llama"]()
     model = model_of(config)
     expected = logits_of(Cpu(model, "fp32").forward, config)
-    (tmp_path / "attention.c").write_text("/* not compiled */")
+    for name in ("kernels.h", "elementwise.c", "attention.c", "int8.c"):
+        (tmp_path / name).write_text("/* not compiled */")
     monkeypatch.setattr("apiary_server.model.backends.cpu.library._HERE", tmp_path)
     library.cache_clear()
     with capture_logs() as logs:
-        found = logits_of(Cpu(model, "fp32").forward, config)
+        found, int8 = (logits_of(Cpu(model, weights).forward, config) for weights in ("fp32", "int8"))
     library.cache_clear()
     assert torch.allclose(found, expected, atol=1e-5)
-    assert [log["log_level"] for log in logs] == ["warning"]
+    assert torch.allclose(int8, expected, atol=0.1 * float(expected.abs().max()))
+    assert [log["log_level"] for log in logs] == ["warning"] * 3

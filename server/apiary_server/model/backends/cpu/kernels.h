@@ -1,0 +1,29 @@
+/* What all kernels share. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__linux__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+
+/* Cephes' polynomial of 2^x for what is left of the exponent; to 2 units in the last place. */
+INLINE float exponential(float x) {
+    x *= 1.44269504f;
+    x = x < -126.0f ? -126.0f : x > 127.0f ? 127.0f : x;
+    float whole = floorf(x), part = x - whole, power = 1.535336188e-4f;
+    power = power * part + 1.339887440e-3f;
+    power = power * part + 9.618437358e-3f;
+    power = power * part + 5.550332472e-2f;
+    power = power * part + 2.402264791e-1f;
+    power = power * part + 6.931472029e-1f;
+    power = power * part + 1.0f;
+    int32_t bits = ((int32_t)whole + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return power * scale;
+}
