@@ -56,6 +56,7 @@ def quality(
     model: Annotated[str, typer.Option(metavar="NAME|PATH", help="A pulled model or a directory.")] = (
         "smollm2-135m"
     ),
+    weights: Annotated[str, typer.Option(metavar="fp32|int8", help="How the model's are kept.")] = "fp32",
     entries: Annotated[
         str, typer.Option(metavar="N,...", help="Average entries that policies are matched to.")
     ] = "564",
@@ -96,6 +97,7 @@ def quality(
             policies=tuple(_specs(policies)),
             limit=limit,
             model=model,
+            weights=_weights(weights),
             entries=tuple(_numbers("--entries", entries, int)),
             ratios=tuple(_numbers("--ratio", ratio, float)),
             match=None if unmatched else _match(match),
@@ -138,7 +140,7 @@ def report(
     """Print the tables of finished quality runs again; nothing is measured.
 
     Several runs are joined: policies of the same task, budget and documents stand in one table, and are
-    compared with each other.
+    compared with each other. Runs with fp32 and with int8 weights can be joined, too.
     """
     with server_extra("bench"):
         from apiary_bench.quality import record, tables
@@ -162,6 +164,14 @@ def _match(text: str) -> Literal["bytes", "entries"]:
     if text == "entries":
         return "entries"
     console.fail(f"--match takes bytes or entries, not {text!r}", code=2)
+
+
+def _weights(text: str) -> Literal["fp32", "int8"]:
+    if text == "fp32":
+        return "fp32"
+    if text == "int8":
+        return "int8"
+    console.fail(f"--weights takes fp32 or int8, not {text!r}", code=2)
 
 
 def _specs(values: Sequence[str] | None) -> list[str]:
