@@ -1,20 +1,13 @@
-"""The attention function behind transformers' `AttentionInterface`: writes each token's key and value into
-its session's cache and attends there. It serves every decoder that uses the interface, without patching
-it."""
+"""Where the rows of a step belong, and attention there: each token's key and value are written into its
+session's cache first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
 from buzz import Buffers, Record, State, attend_chunk, attend_decode
-
-NAME = "apiary"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +31,6 @@ class DecodeRun:
         return [Record(s, self.cache.state[s.name][:, layer, :, : self.most]) for s in self.states]
 
 
-Decode = Callable[[int, Tensor, Tensor, Tensor, float, DecodeRun], Tensor]
-"""As `decode`."""
-
-
 @dataclass(frozen=True, slots=True)
 class ChunkRun:
     """Several new tokens of one session, whose cache holds `entries` of `seen` tokens before this step."""
@@ -52,6 +41,15 @@ class ChunkRun:
     seen: int
     states: tuple[State, ...]
     log_n: int | None
+
+    @property
+    def total(self) -> int:
+        """Entries after this step."""
+        return self.entries + len(range(self.rows.start, self.rows.stop))
+
+    def records(self, layer: int) -> list[Record]:
+        """What attention in a layer records, and where."""
+        return [Record(s, self.cache.state[s.name][layer, :, : self.total]) for s in self.states]
 
 
 @dataclass(slots=True)
@@ -82,80 +80,22 @@ def decode(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: flo
     return attend_decode(queries, cache_keys, cache_values, lengths, scale, records, run.seen, run.log_n)
 
 
-def attend(
-    layer: int,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    batch: Batch,
-    decode: Decode = decode,
-) -> Tensor:
-    """Write packed rows' keys and values into their sessions' caches, and attend there.
+def chunk(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: ChunkRun) -> Tensor:
+    """Write a session's new entries into its cache, and attend there.
 
     Args:
-        layer: which of the caches'.
+        layer: which of the cache's.
         queries: `[T, query_heads, head_dim]`, rotated.
         keys: `[T, kv_heads, head_dim]`, rotated.
         values: `[T, kv_heads, head_dim]`.
         scale: of the logits.
-        batch: where the rows belong.
-        decode: how rows that are alone in their sessions do it.
+        run: the cache.
 
     Returns:
-        `[T, query_heads, head_dim]`, contiguous.
+        `[T, query_heads, head_dim]`.
     """
-    output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
-    for run in batch.decodes:
-        rows = run.rows
-        output[rows] = decode(layer, queries[rows], keys[rows], values[rows], scale, run)
-    for chunk in batch.chunks:
-        rows, end = chunk.rows, chunk.entries + chunk.rows.stop - chunk.rows.start
-        new = (part[rows].transpose(0, 1) for part in (keys, values))
-        cache_keys, cache_values = chunk.cache.extend(layer, chunk.entries, *new)
-        output[rows] = attend_chunk(
-            queries[rows].transpose(0, 1),
-            cache_keys,
-            cache_values,
-            scale,
-            [Record(s, chunk.cache.state[s.name][layer, :, :end]) for s in chunk.states],
-            chunk.seen,
-            chunk.log_n,
-        ).transpose(0, 1)
-    return output
-
-
-def cached_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    *,
-    apiary_batch: Batch,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """What transformers' own modules call.
-
-    Args:
-        module: the attention layer; its `layer_idx` says which layer of the caches.
-        query: `[1, query_heads, rows, head_dim]`, rotated.
-        key: `[1, kv_heads, rows, head_dim]`, rotated.
-        value: `[1, kv_heads, rows, head_dim]`.
-        attention_mask: none; which rows see what is in `apiary_batch`.
-        scaling: of the logits; default `head_dim ** -0.5`.
-        apiary_batch: where the rows belong.
-
-    Returns:
-        `[1, rows, query_heads, head_dim]` and no weights.
-    """
-    layer = module.layer_idx
-    if not isinstance(layer, int):
-        raise TypeError("attention layers must be numbered")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    queries, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
-    return attend(layer, queries, keys, values, scale, apiary_batch)[None], None
-
-
-AttentionInterface.register(NAME, cached_attention)
+    new = (part.transpose(0, 1) for part in (keys, values))
+    cache_keys, cache_values = run.cache.extend(layer, run.entries, *new)
+    records = run.records(layer)
+    rows = queries.transpose(0, 1)
+    return attend_chunk(rows, cache_keys, cache_values, scale, records, run.seen, run.log_n).transpose(0, 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apiary_server.errors import ApiaryError
-from apiary_server.model.attention import Batch, attend
+from apiary_server.model.attention import Batch
 from apiary_server.model.operations import Linear, Norm, Operations
 
 _BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -124,7 +124,8 @@ class Decoder:
             else:
                 qk = qkv[:, : heads + kv]
             queries, keys = do.rotate(qk, cos, sin).split((heads, kv), dim=1)
-            attended = attend(number, queries, keys, qkv[:, heads + kv :], self.scale, batch, do.decode)
+            values = qkv[:, heads + kv :]
+            attended = do.attend(number, queries, keys, values, self.scale, batch)
             more = layer.output(attended.flatten(1))
             gate_up = layer.gate_up(do.add_norm(layer.mlp_norm, rows, more))
             more = layer.down(do.gated(gate_up, self.activation))

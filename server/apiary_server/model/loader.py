@@ -21,8 +21,8 @@ from transformers import (
 from transformers.utils import logging
 
 from apiary_server.errors import ApiaryError
-from apiary_server.model import attention
 from apiary_server.model.backends import Backend, ForeignStructure, Kind, Reference, Weights, choose
+from apiary_server.model.backends.reference import NAME
 from apiary_server.model.runner import Piece, Runner
 from apiary_server.model.tokenizer import Tokenizer
 from apiary_server.sessions.pool import Geometry, Lease, SlotClass, SlotLayout
@@ -115,7 +115,7 @@ def _load(
         path,
         config=config,
         dtype=dtype,
-        attn_implementation=attention.NAME,
+        attn_implementation=NAME,
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
@@ -211,7 +211,7 @@ def _check_forward(path: Path, loaded: LoadedModel, model: PreTrainedModel) -> N
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         theirs = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0, -1].float()
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(NAME)
     if not theirs.isfinite().all():
         raise UnservableModel(f"{path} computes logits that are not finite in {model.dtype}")
     if not torch.allclose(ours, theirs, atol=_tolerance(loaded) * float(theirs.abs().max())):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
-from apiary_server.model.attention import DecodeRun, decode
+from apiary_server.model.attention import Batch, ChunkRun, DecodeRun, chunk, decode
 
 Linear = Callable[[Tensor], Tensor]
 """Rows `[T, in]` to `[T, out]`."""
@@ -49,8 +49,39 @@ class Operations:
         gate, up = gate_up.chunk(2, dim=-1)
         return activation(gate) * up
 
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, batch: Batch
+    ) -> Tensor:
+        """Write packed rows' keys and values into their sessions' caches, and attend there.
+
+        Args:
+            layer: which of the caches'.
+            queries: `[T, query_heads, head_dim]`, rotated.
+            keys: `[T, kv_heads, head_dim]`, rotated.
+            values: `[T, kv_heads, head_dim]`.
+            scale: of the logits.
+            batch: where the rows belong.
+
+        Returns:
+            `[T, query_heads, head_dim]`, contiguous.
+        """
+        output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+        for run in batch.decodes:
+            rows = run.rows
+            output[rows] = self.decode(layer, queries[rows], keys[rows], values[rows], scale, run)
+        for each in batch.chunks:
+            rows = each.rows
+            output[rows] = self.chunk(layer, queries[rows], keys[rows], values[rows], scale, each)
+        return output
+
     def decode(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
     ) -> Tensor:
         """As `apiary_server.model.attention.decode`."""
         return decode(layer, queries, keys, values, scale, run)
+
+    def chunk(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: ChunkRun
+    ) -> Tensor:
+        """As `apiary_server.model.attention.chunk`."""
+        return chunk(layer, queries, keys, values, scale, run)

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
-from apiary_server.model.attention import NAME, Batch, ChunkRun, DecodeRun, cached_attention
-from apiary_server.model.backends import Reference
+from apiary_server.model.attention import Batch, ChunkRun, DecodeRun
+from apiary_server.model.backends.reference import NAME, Reference, cached_attention
 from apiary_server.model.runner import Piece, Runner
 from apiary_server.sessions.pool import Geometry, Lease, Pool, SlotLayout
 from buzz import Buffers, Cache, Rotary, State, parse

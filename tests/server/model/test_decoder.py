@@ -9,8 +9,8 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from apiary_server.model.attention import NAME, Batch, ChunkRun, DecodeRun
-from apiary_server.model.backends import Reference
+from apiary_server.model.attention import Batch, ChunkRun, DecodeRun
+from apiary_server.model.backends.reference import NAME, Reference
 from apiary_server.model.decoder import Decoder, ForeignStructure
 from apiary_server.model.operations import Operations
 from buzz import Buffers

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from apiary_server.model.attention import NAME
 from apiary_server.model.backends import Reference
+from apiary_server.model.backends.reference import NAME
 from apiary_server.model.runner import Piece, Runner
 from apiary_server.sessions.pool import Geometry, Lease, Pool, SlotLayout
 from buzz import Cache, Rotary, parse

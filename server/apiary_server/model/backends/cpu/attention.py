@@ -1,4 +1,4 @@
-"""Decode attention by our own kernel, `attention.c`: one pass over each cache, on the threads of torch."""
+"""Attention by our own kernels, `decode.c` and `chunk.c`, on the threads of torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from apiary_server.model.attention import DecodeRun, decode
+from apiary_server.model.attention import ChunkRun, DecodeRun, chunk, decode
 from apiary_server.model.backends.cpu.library import library
-from buzz import MAX_STATES, Buffers, Record
+from buzz import MAX_STATES, Record
 
 _CACHES = (torch.float32, torch.bfloat16)
 
@@ -26,7 +26,7 @@ class _State(ctypes.Structure):
 
 
 class _Decode(ctypes.Structure):
-    """As in `attention.c`."""
+    """As in `decode.c`."""
 
     _fields_ = (
         *((name, c_int64) for name in ("rows", "kv_heads", "group", "dim", "bfloat16", "states")),
@@ -50,7 +50,28 @@ class _Decode(ctypes.Structure):
     )
 
 
-class Attention:
+class _Chunk(ctypes.Structure):
+    """As in `chunk.c`."""
+
+    _fields_ = (
+        *(
+            (name, c_int64)
+            for name in ("tokens", "entries", "kv_heads", "group", "dim", "bfloat16", "states")
+        ),
+        ("queries", c_void_p),
+        ("query_row", c_int64),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("cache_head", c_int64),
+        ("output", c_void_p),
+        ("seen", c_int64),
+        ("scale", c_float),
+        ("log_n", c_float),
+        ("state", _State * MAX_STATES),
+    )
+
+
+class Decode:
     """`apiary_server.model.attention.decode`, in one pass over each cache.
 
     Raises:
@@ -58,7 +79,7 @@ class Attention:
     """
 
     def __init__(self) -> None:
-        self._attend = library("attention").apiary_attend_decode
+        self._attend = library("decode").apiary_attend_decode
         self._attend.argtypes, self._attend.restype = [POINTER(_Decode)], c_int
 
     def __call__(
@@ -69,7 +90,7 @@ class Attention:
         Raises:
             MemoryError: there is none for one head's weights.
         """
-        if not _fit(queries, keys, values, run.cache):
+        if not _fit(queries, keys, values, run):
             return decode(layer, queries, keys, values, scale, run)
         packed = run.cache.packed is not None and run.cache.packed.most > 0
         if packed:
@@ -111,17 +132,70 @@ class Attention:
         return output
 
 
+class Chunk:
+    """`apiary_server.model.attention.chunk`, tile by tile.
+
+    Raises:
+        OSError: the kernel was not built.
+    """
+
+    def __init__(self) -> None:
+        self._attend = library("chunk").apiary_attend_chunk
+        self._attend.argtypes, self._attend.restype = [POINTER(_Chunk)], c_int
+
+    def __call__(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: ChunkRun
+    ) -> Tensor:
+        """As `chunk`.
+
+        Raises:
+            MemoryError: there is none for a tile's weights.
+        """
+        if not _fit(queries, keys, values, run):
+            return chunk(layer, queries, keys, values, scale, run)
+        new = (part.transpose(0, 1) for part in (keys, values))
+        cache_keys, cache_values = run.cache.extend(layer, run.entries, *new)
+        tokens, query_heads, dim = queries.shape
+        kv_heads = keys.shape[1]
+        output = torch.empty(queries.shape)
+        records = run.records(layer)
+        task = _Chunk(
+            tokens=tokens,
+            entries=run.total,
+            kv_heads=kv_heads,
+            group=query_heads // kv_heads,
+            dim=dim,
+            bfloat16=cache_keys.dtype == torch.bfloat16,
+            states=len(records),
+            queries=queries.data_ptr(),
+            query_row=queries.stride(0),
+            keys=cache_keys.data_ptr(),
+            values=cache_values.data_ptr(),
+            cache_head=cache_keys.stride(0),
+            output=output.data_ptr(),
+            seen=run.seen,
+            scale=scale,
+            log_n=run.log_n or 0,
+            state=(_State * MAX_STATES)(*map(_state, records)),
+        )
+        if self._attend(byref(task)):
+            raise MemoryError(f"no memory for the weights of {run.total} entries")
+        return output
+
+
 def _state(record: Record) -> _State:
     into = record.into
+    row = into.stride(0) if into.dim() == 3 else 0  # one session has no rows
     votes = record.state.kind == "vote"
-    return _State(into.data_ptr(), into.stride(0), into.stride(1), votes, record.state.decay)
+    return _State(into.data_ptr(), row, into.stride(-2), votes, record.state.decay)
 
 
-def _fit(queries: Tensor, keys: Tensor, values: Tensor, cache: Buffers) -> bool:
-    """Whether the kernel reads such tensors."""
-    dim = queries.shape[-1]
+def _fit(queries: Tensor, keys: Tensor, values: Tensor, run: DecodeRun | ChunkRun) -> bool:
+    """Whether the kernels read such tensors."""
+    dim, cache = queries.shape[-1], run.cache
     return (
         all(part.dtype == torch.float32 and part.stride()[1:] == (dim, 1) for part in (queries, keys, values))
         and cache.keys.dtype in _CACHES
+        and len(run.states) <= MAX_STATES
         and all(state.element_size() == 4 for state in cache.state.values())
     )

@@ -27,3 +27,31 @@ INLINE float exponential(float x) {
     memcpy(&scale, &bits, sizeof scale);
     return power * scale;
 }
+
+enum { MOST_STATES = 2 };
+
+typedef struct {
+    void *into; /* [.., kv_heads, entries]: float masses, or int32 votes */
+    int64_t row, head;
+    int64_t votes;
+    float decay;
+} State;
+
+INLINE float element(const void *memory, int64_t at, int bfloat16) {
+    if (!bfloat16) return ((const float *)memory)[at];
+    uint32_t bits = (uint32_t)((const uint16_t *)memory)[at] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE void softmax(float *restrict logits, int64_t entries, float scale) {
+    float most = logits[0], sum = 0;
+    for (int64_t j = 0; j < entries; j++) most = logits[j] > most ? logits[j] : most;
+    for (int64_t j = 0; j < entries; j++) {
+        logits[j] = exponential((logits[j] - most) * scale);
+        sum += logits[j];
+    }
+    float factor = 1.0f / sum;
+    for (int64_t j = 0; j < entries; j++) logits[j] *= factor;
+}

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import SiLU
 from transformers.activations import SiLUActivation
 
-from apiary_server.model.attention import DecodeRun
-from apiary_server.model.backends.cpu.attention import Attention
+from apiary_server.model.attention import ChunkRun, DecodeRun
+from apiary_server.model.backends.cpu.attention import Chunk, Decode
 from apiary_server.model.backends.cpu.elementwise import Elementwise
 from apiary_server.model.backends.cpu.int8 import Vnni
 from apiary_server.model.backends.cpu.linear import Int8, Packed
@@ -45,7 +45,7 @@ class Kernels(Products):
     def __init__(self, make: Callable[[Tensor, Tensor | None], Linear]) -> None:
         super().__init__(make)
         self._elementwise = Elementwise()
-        self._attention = Attention()
+        self._decode, self._chunk = Decode(), Chunk()
 
     def add_norm(self, norm: Norm, rows: Tensor, more: Tensor | None) -> Tensor:
         return self._elementwise.add_norm(norm, rows, more)
@@ -61,7 +61,12 @@ class Kernels(Products):
     def decode(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
     ) -> Tensor:
-        return self._attention(layer, queries, keys, values, scale, run)
+        return self._decode(layer, queries, keys, values, scale, run)
+
+    def chunk(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: ChunkRun
+    ) -> Tensor:
+        return self._chunk(layer, queries, keys, values, scale, run)
 
 
 def fastest(weights: Literal["fp32", "int8"]) -> Operations:

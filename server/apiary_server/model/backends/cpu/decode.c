@@ -9,14 +9,7 @@
 
 #include <stdlib.h>
 
-enum { MOST_STATES = 2, GROUP = 4, WIDTH = 64 };
-
-typedef struct {
-    void *into; /* [rows, kv_heads, entries]: float masses, or int32 votes */
-    int64_t row, head;
-    int64_t votes;
-    float decay;
-} State;
+enum { GROUP = 4, WIDTH = 64 };
 
 /* Strides count elements. The last dimension of all tensors is contiguous. */
 typedef struct {
@@ -35,14 +28,6 @@ typedef struct {
     float log_n; /* 0: none */
     State state[MOST_STATES];
 } Decode;
-
-INLINE float element(const void *memory, int64_t at, int bfloat16) {
-    if (!bfloat16) return ((const float *)memory)[at];
-    uint32_t bits = (uint32_t)((const uint16_t *)memory)[at] << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 INLINE void write(const float *restrict from, void *restrict memory, int64_t at, int64_t dim, int bfloat16) {
     for (int64_t d = 0; d < dim; d++) {
@@ -78,17 +63,6 @@ INLINE void combine(int group, int width, int dim, int bfloat16, const float *re
                 sums[g * width + d] += weights[g * entries + j] * element(values, first + j * dim + d, bfloat16);
     for (int g = 0; g < group; g++)
         for (int d = 0; d < width; d++) output[g * dim + d] = sums[g * width + d];
-}
-
-INLINE void softmax(float *restrict logits, int64_t entries, float scale) {
-    float most = logits[0], sum = 0;
-    for (int64_t j = 0; j < entries; j++) most = logits[j] > most ? logits[j] : most;
-    for (int64_t j = 0; j < entries; j++) {
-        logits[j] = exponential((logits[j] - most) * scale);
-        sum += logits[j];
-    }
-    float factor = 1.0f / sum;
-    for (int64_t j = 0; j < entries; j++) logits[j] *= factor;
 }
 
 INLINE void record(const State *state, int64_t row, int64_t head, int64_t group, int64_t entries, int64_t seen,
