@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 
 from apiary_client.cli import console
 from apiary_client.cli.bench.bars import Bars
+from apiary_client.cli.bench.options import numbers
 from apiary_client.cli.server_extra import server_extra
-
-_Number = TypeVar("_Number", int, float)
 
 
 def register(app: typer.Typer) -> None:
@@ -96,8 +95,8 @@ def quality(
             policies=tuple(_specs(policies)),
             limit=limit,
             model=model,
-            entries=tuple(_numbers("--entries", entries, int)),
-            ratios=tuple(_numbers("--ratio", ratio, float)),
+            entries=tuple(numbers("--entries", entries, int)),
+            ratios=tuple(numbers("--ratio", ratio, float)),
             match=None if unmatched else _match(match),
             baseline=baseline,
             seed=seed,
@@ -172,11 +171,3 @@ def _specs(values: Sequence[str] | None) -> list[str]:
 
 def _listed(values: Sequence[str] | None) -> list[str]:
     return [part.strip() for value in values or () for part in value.split(",")]
-
-
-def _numbers(option: str, text: str, kind: type[_Number]) -> list[_Number]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        console.fail(f"{option} takes {what}, one or several with commas between, not {text!r}", code=2)
