@@ -22,14 +22,14 @@ from apiary_bench.engine.warm import Result as WarmResult
 from apiary_bench.engine.warm import Warm
 from apiary_bench.engine.workbench import Workbench
 
-_VERSIONS = ("apiary", "torch", "transformers", "numpy")
+VERSIONS = ("apiary", "torch", "transformers", "numpy")
 
 
 def document(bench: Workbench, plan: Any, result: Any) -> dict[str, Any]:
     """All of it. Times in seconds, memory in bytes; fields as in the experiment's plan, and in its `Result`
     or its `Row`s."""
     return {
-        **provenance(*_VERSIONS),
+        **provenance(*VERSIONS),
         "experiment": type(plan).__name__.lower(),
         "arguments": asdict(plan),
         "environment": environment(bench),

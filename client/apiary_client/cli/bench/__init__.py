@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from apiary_client.cli.bench import engine, quality, serve
+from apiary_client.cli.bench import engine, quality, roofline, serve
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 
@@ -16,4 +16,5 @@ def bench() -> None:
 
 serve.register(app)
 engine.register(app)
+roofline.register(app)
 quality.register(app)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import typer
 from rich.table import Table
@@ -20,6 +20,7 @@ from apiary_client.cli.bench.options import (
     Model,
     Policy,
     Repeats,
+    Sessions,
     StepTokens,
     Threads,
     Weights,
@@ -34,11 +35,10 @@ if TYPE_CHECKING:
 _Plan = TypeVar("_Plan")
 _Result = TypeVar("_Result")
 
-Sessions = Annotated[
-    str, typer.Option(metavar="N,...", help="Numbers of sessions, measured one after the other.")
+Conversations: TypeAlias = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Conversations, all at the same time.")
 ]
-Together = Annotated[int, typer.Option(min=1, metavar="N", help="Conversations, all at the same time.")]
-Input = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Input of each turn.")]
+Input: TypeAlias = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Input of each turn.")]
 
 
 class _Group(TyperGroup):
@@ -133,7 +133,7 @@ def decode(
 )
 def turns(
     context: typer.Context,
-    sessions: Together = 1,
+    sessions: Conversations = 1,
     history: Annotated[
         int | None,
         typer.Option(min=1, metavar="TOKENS", help="Before the first turn; default twice the bound."),

@@ -57,6 +57,9 @@ Threads: TypeAlias = Annotated[
         min=1, metavar="N", help="Threads of torch; default torch's choice.", rich_help_panel=_WORKER
     ),
 ]
+Sessions: TypeAlias = Annotated[
+    str, typer.Option(metavar="N,...", help="Numbers of sessions, measured one after the other.")
+]
 Repeats: TypeAlias = Annotated[int, typer.Option(min=1, metavar="N", help="Measurements; medians count.")]
 JsonFile: TypeAlias = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write all that was measured there.")

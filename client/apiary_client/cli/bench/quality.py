@@ -80,8 +80,8 @@ def quality(
     reference.
     """
     with server_extra("bench"):
-        from apiary_bench import document
-        from apiary_bench.quality import plots as pictures
+        from apiary_bench import document, pictures
+        from apiary_bench.quality import plots as figures
         from apiary_bench.quality import record, tables
         from apiary_bench.quality.journal import Journal
         from apiary_bench.quality.report import sections
@@ -119,7 +119,7 @@ def quality(
         if json is not None:
             document.write(json, record.document(settings, found))
         if plots is not None:
-            pictures.draw(plots, ready, results, found)
+            figures.draw(plots, ready, results, found)
 
 
 def report(
