@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -101,6 +101,14 @@ class Bare:
             )
         return Answer(sent, arrivals[0], arrivals[-1], tokens)
 
-    async def turns(self, sessions: Sequence[str], input: int, output: int) -> list[Answer]:
-        """A turn of each session, all at the same time."""
-        return await asyncio.gather(*(self.turn(session, input, output) for session in sessions))
+    async def turns(
+        self, sessions: Sequence[str], input: int, output: int, ended: Callable[[], None] = lambda: None
+    ) -> list[Answer]:
+        """A turn of each session, all at the same time; `ended` is called at the end of each."""
+
+        async def turn(session: str) -> Answer:
+            answer = await self.turn(session, input, output)
+            ended()
+            return answer
+
+        return await asyncio.gather(*map(turn, sessions))

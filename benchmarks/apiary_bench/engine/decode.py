@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean, median
@@ -14,7 +14,7 @@ from apiary_bench.engine.bare import Answer, Bare
 from apiary_bench.engine.steps import Steps
 from apiary_bench.engine.workbench import Workbench
 from apiary_bench.errors import LoadError
-from apiary_bench.progress import Observer
+from apiary_bench.progress import Observer, begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +77,15 @@ def run(bench: Workbench, plan: Decode, observe: Observer) -> list[Row]:
         SettingsError: the cache budget is too small, or more than there is.
         LoadError: a turn was cut short, or in no step all sessions decoded.
     """
-    done, total = 0, len(plan.sessions) * (plan.repeats + 1)
+    turns = 3 if plan.history else 2
+    ended = begin(observe, "turns", turns * plan.repeats * sum(plan.sessions))
     rows = []
     for sessions in plan.sessions:
-        steps, samples = Steps(), []
-        observe("decode", done, total)
+        steps = Steps()
         with bench.engine(sessions, steps) as bare:
             asyncio.run(warm_up(bare))
-            for _ in range(plan.repeats):
-                observe("decode", done := done + 1, total)
-                samples.append(asyncio.run(_sample(bare, steps, plan, sessions)))
+            samples = [asyncio.run(_sample(bare, steps, plan, sessions, ended)) for _ in range(plan.repeats)]
             capacity = bare.engine.capacity()
-        observe("decode", done := done + 1, total)
         p50, p99 = np.percentile(list(chain.from_iterable(sample.steps for sample in samples)), [50, 99])
         rows.append(
             Row(
@@ -112,13 +109,13 @@ async def warm_up(bare: Bare) -> None:
     bare.delete(names)
 
 
-async def _sample(bare: Bare, steps: Steps, plan: Decode, sessions: int) -> Sample:
+async def _sample(bare: Bare, steps: Steps, plan: Decode, sessions: int, ended: Callable[[], None]) -> Sample:
     names = bare.create(sessions)
     if plan.history:
-        await bare.turns(names, plan.history, 1)
-    filled = await bare.turns(names, plan.prompt, 1)
+        await bare.turns(names, plan.history, 1, ended)
+    filled = await bare.turns(names, plan.prompt, 1, ended)
     steps.clear()
-    answers = await bare.turns(names, 1, plan.output)
+    answers = await bare.turns(names, 1, plan.output, ended)
     decoding = steps.decoding(sessions)
     bare.delete(names)
     if not decoding:

@@ -9,7 +9,7 @@ from statistics import median
 from apiary_bench.engine.bare import Bare
 from apiary_bench.engine.decode import warm_up
 from apiary_bench.engine.workbench import Workbench
-from apiary_bench.progress import Observer
+from apiary_bench.progress import Observer, begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +48,13 @@ def run(bench: Workbench, plan: Prefill, observe: Observer) -> list[Row]:
         ApiaryError: the worker takes no such prompt.
     """
     taken: dict[int, list[float]] = {tokens: [] for tokens in plan.prompts}
-    done, total = 0, plan.repeats * sum(taken)
-    observe("prompt tokens", done, total)
+    ended = begin(observe, "prompts", plan.repeats * len(taken))
     with bench.engine(1) as bare:
         asyncio.run(warm_up(bare))
         for _ in range(plan.repeats):
             for tokens, seconds in taken.items():
                 seconds.append(asyncio.run(_first_token(bare, tokens)))
-                observe("prompt tokens", done := done + tokens, total)
+                ended()
     return [_row(tokens, taken) for tokens in taken]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -11,7 +12,7 @@ from apiary_bench.engine.decode import warm_up
 from apiary_bench.engine.period import period
 from apiary_bench.engine.workbench import Workbench
 from apiary_bench.errors import SettingsError
-from apiary_bench.progress import Observer
+from apiary_bench.progress import Observer, begin
 from buzz import Policy
 
 
@@ -77,12 +78,10 @@ def run(bench: Workbench, plan: Turns, observe: Observer) -> Result:
         )
     length, averaged = _averaged(bench.policy, plan, history)
     total = plan.late + averaged - 1
-    tpot = []
+    ended = begin(observe, "turns", plan.repeats * total)
     with bench.engine(plan.sessions) as bare:
         asyncio.run(warm_up(bare))
-        for number in range(plan.repeats):
-            stage = f"turns {number + 1}/{plan.repeats}"
-            tpot.append(asyncio.run(_conversation(bare, plan, history, total, stage, observe)))
+        tpot = [asyncio.run(_conversation(bare, plan, history, total, ended)) for _ in range(plan.repeats)]
     early = [fmean(turns[plan.early - 1 :][:averaged]) for turns in tpot]
     late = [fmean(turns[plan.late - 1 :][:averaged]) for turns in tpot]
     return Result(
@@ -111,15 +110,14 @@ def _averaged(policy: Policy, plan: Turns, history: int) -> tuple[int, int]:
 
 
 async def _conversation(
-    bare: Bare, plan: Turns, history: int, total: int, stage: str, observe: Observer
+    bare: Bare, plan: Turns, history: int, total: int, ended: Callable[[], None]
 ) -> list[float]:
-    observe(stage, 0, total)
     names = bare.create(plan.sessions)
     await bare.turns(names, history, 1)
     tpot = []
-    for number in range(total):
+    for _ in range(total):
         answers = await bare.turns(names, plan.input, plan.output)
         tpot.append(fmean(answer.tpot for answer in answers))
-        observe(stage, number + 1, total)
+        ended()
     bare.delete(names)
     return tpot

@@ -13,7 +13,7 @@ from apiary_bench.engine.bare import Bare
 from apiary_bench.engine.decode import warm_up
 from apiary_bench.engine.workbench import Workbench
 from apiary_bench.errors import SettingsError
-from apiary_bench.progress import Observer
+from apiary_bench.progress import Observer, begin
 from apiary_server.sessions.info import State
 
 
@@ -107,10 +107,10 @@ def run(bench: Workbench, plan: Warm, observe: Observer) -> Result:
 
 
 async def _fill(bare: Bare, names: list[str], plan: Warm, observe: Observer) -> None:
-    observe("histories", 0, plan.sessions)
-    for number, name in enumerate(names, 1):
+    ended = begin(observe, "histories", plan.sessions)
+    for name in names:
         await bare.turn(name, plan.history, 1)
-        observe("histories", number, plan.sessions)
+        ended()
 
 
 async def _compare(
@@ -120,10 +120,10 @@ async def _compare(
     alternates."""
     draw = random.Random(0)  # noqa: S311 - repeatable, not secret
     ttft: dict[State, list[float]] = {State.RESIDENT: [], State.PARKED: []}
-    observe("next turns", 0, plan.pairs)
+    ended = begin(observe, "next turns", plan.pairs)
     for number in range(plan.pairs):
         for state in list(ttft)[:: 1 if number % 2 else -1]:
             name = draw.choice(bare.those(names, state))
             ttft[state].append((await bare.turn(name, plan.input, 1)).ttft)
-        observe("next turns", number + 1, plan.pairs)
+        ended()
     return ttft[State.RESIDENT], ttft[State.PARKED]

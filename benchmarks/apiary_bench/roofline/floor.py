@@ -1,7 +1,7 @@
 """The floor of a step: the time that its operations take at the machine's ceilings.
 
 An operation is a linear layer, a layer's attention, the recording of its scores, the embedding, or sampling.
-Its floor is max(bytes / copy bandwidth, arithmetic / peak of matrix products), and a step's floor is their sum.
+Its floor is max(bytes / copy bandwidth, arithmetic / peak of matrix products); a step's floor is their sum.
 What need not be an operation of its own has none: norms, rotations and activations can be part of their
 neighbours.
 """

@@ -29,7 +29,7 @@ def steps(result: Result, title: str) -> Figure:
     axes.set_xticks(places, labels)
     axes.set_xlabel("sessions, and their mean step as a multiple of its floor")
     axes.set_ylabel("ms a step")
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title.replace("; ", "\n"), fontsize="small")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small")
     return figure

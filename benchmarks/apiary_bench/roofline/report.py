@@ -38,8 +38,8 @@ def heading(bench: Workbench, plan: Plan, result: Result) -> str:
     """What was asked of whom, and the ceilings."""
     steps = len(result.rows[0].steps)
     return (
-        f"roofline: {steps} steps after {plan.history} of history: {steps // result.period} compaction periods "
-        f"of {result.period}\n{subject(bench)}\n{_ceilings(result.ceilings)}"
+        f"roofline: {steps} steps after {plan.history} of history; the compaction period is {result.period}\n"
+        f"{subject(bench)}\n{_ceilings(result.ceilings)}"
     )
 
 

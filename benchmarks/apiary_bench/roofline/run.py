@@ -14,7 +14,7 @@ from apiary_bench.engine.decode import warm_up
 from apiary_bench.engine.period import period
 from apiary_bench.engine.workbench import Workbench
 from apiary_bench.errors import LoadError, SettingsError
-from apiary_bench.progress import Observer
+from apiary_bench.progress import Observer, begin
 from apiary_bench.roofline.breakdown import Breakdown, Step
 from apiary_bench.roofline.ceilings import Ceilings
 from apiary_bench.roofline.floor import Load, Model, floors, operations
@@ -89,14 +89,14 @@ def run(bench: Workbench, plan: Plan, observe: Observer) -> Result:
     policy = bench.policy
     tokens = period(policy, plan.history, [1]) if policy.evicts else 1
     count = -(-plan.steps // tokens) * tokens
-    total = len(plan.sessions) + 2
-    observe("measurements", 0, total)
+    measured_once = begin(observe, "ceilings", 2)
     ceilings = _ceilings(bench)
-    observe("measurements", 1, total)
+    measured_once()
+    ended = begin(observe, "turns", 2 * sum(plan.sessions))
     measured: dict[int, list[Step]] = {}
-    for number, sessions in enumerate(plan.sessions, 2):
+    for sessions in plan.sessions:
         with Breakdown() as breakdown, bench.engine(sessions, breakdown) as bare:
-            asyncio.run(_decode(bare, plan, sessions, count))
+            asyncio.run(_decode(bare, plan, sessions, count, ended))
             steps = breakdown.decoding(sessions)[-count:]
         if len(steps) < count:
             raise LoadError(
@@ -104,12 +104,10 @@ def run(bench: Workbench, plan: Plan, observe: Observer) -> Result:
                 "holds fewer"
             )
         measured[sessions] = steps
-        observe("measurements", number, total)
     ceilings = ceilings.best(_ceilings(bench))
-    observe("measurements", total, total)
-    model = Model.of(
-        resolve(bench.settings.model), bench.loaded.geometry, bench.loaded.backend.dtype, int8=_int8(bench)
-    )
+    measured_once()
+    loaded = bench.loaded
+    model = Model.of(resolve(bench.settings.model), loaded.geometry, loaded.backend.dtype, int8=_int8(bench))
 
     def floor(load: Load) -> dict[Part, float]:
         return floors(operations(model, policy, load), ceilings)
@@ -126,11 +124,11 @@ def _ceilings(bench: Workbench) -> Ceilings:
     return Ceilings.measure(bench.loaded.backend.dtype, int8=_int8(bench))
 
 
-async def _decode(bare: Bare, plan: Plan, sessions: int, count: int) -> None:
+async def _decode(bare: Bare, plan: Plan, sessions: int, count: int, ended: Callable[[], None]) -> None:
     await warm_up(bare)
     names = bare.create(sessions)
-    await bare.turns(names, plan.history, 1)
-    await bare.turns(names, 1, count + _MARGIN + sessions // 4)  # they begin one after the other
+    await bare.turns(names, plan.history, 1, ended)
+    await bare.turns(names, 1, count + _MARGIN + sessions // 4, ended)  # they begin one after the other
 
 
 def _row(sessions: int, steps: list[Step], floor: Callable[[Load], dict[Part, float]]) -> Row:
