@@ -101,8 +101,8 @@ def _settings(setup: Setup) -> Settings:
         return Settings.load(**asdict(setup))
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "settings"
-        raise SettingsError(f"{name}: {first['msg']}, got {first['input']!r}") from error
+        why = first.get("ctx", {}).get("error") or f"{first['msg']}, got {first['input']!r}"
+        raise SettingsError(": ".join([*map(str, first["loc"]), str(why)])) from error
 
 
 def _explained(make: Callable[[], _Made]) -> _Made:

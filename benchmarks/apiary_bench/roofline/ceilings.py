@@ -10,7 +10,7 @@ from typing import Self
 import torch
 
 _COPY_BYTES = 2**28  # of each tensor: far beyond the caches
-_SQUARES = (1024, 2048, 4096)  # sides of the matrices; the best counts
+_SQUARES = (1024, 2048, 3072)  # sides of the matrices; the best counts
 _REPEATS = 8
 
 

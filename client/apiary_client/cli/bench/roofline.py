@@ -61,7 +61,7 @@ def roofline(
     Floor: the sum over a step's operations of max(bytes / copy bandwidth, arithmetic / peak of matrix
     products). Both ceilings are measured before and after the steps, with the engine's threads, and the best
     counts: copies between tensors of 256 MiB, bytes read and written (as in STREAM), and square products of
-    1024 to 4096 in float32, with int8 weights also in int8.
+    1024 to 3072 in float32, with int8 weights also in int8.
 
     Operations: each linear layer (weights as they are stored, rows in and out; beside int8 weights an
     activation has two digits of eight bits, each multiplied), each layer's attention (keys and values read,
