@@ -187,8 +187,8 @@ def test_half_precision_runs(make_engine: MakeEngine, dtype: str, cache_dtype: s
 def test_engines_over_one_loaded_model_answer_alike(tiny_model: Path) -> None:
     settings = Settings.load(model=str(tiny_model), policy="buzz(sink=2,window=8,threshold=20)", threads=1)
     loaded = load_model(settings)
-    larger = settings.model_copy(update={"cache_budget": 2**26})
-    one, other = assemble(settings, loaded), assemble(larger, loaded)
+    smaller = settings.model_copy(update={"cache_budget": 2**26})
+    one, other = assemble(settings, loaded), assemble(smaller, loaded)
     assert (one.capacity().budget_bytes, other.capacity().budget_bytes) == (2**30, 2**26)
     answers = [
         ask(engine, "hello there", max_tokens=30).token_ids for engine in (one, other, build(settings))

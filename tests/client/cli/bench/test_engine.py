@@ -91,9 +91,8 @@ def test_the_options_are_the_plan(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(EXPERIMENTS[name], "run", run)
-    result = invoke(
-        *arguments, "--model", model, "--threads", "1", "--weights", "int8", "--step-tokens", "99"
-    )
+    worker = f"--model {model} --threads 1 --weights int8 --step-tokens 99"
+    result = invoke(*f"{arguments} {worker}".split())
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "stopped; nothing is reported\n")
     settings, found = asked
     assert found == plan
