@@ -21,7 +21,8 @@ class Turns:
     """What is measured.
 
     Attributes:
-        sessions: conversations, all at the same time: each turn begins when all have ended the last.
+        sessions: conversations, all at the same time: each turn begins when all have ended the last. So
+            many are at early turns, and as many others at late ones.
         history: tokens that each is given before its first turn; None: twice the policy's bound.
         input: tokens of each turn's input.
         output: tokens of each turn's answer, at least two.
@@ -41,6 +42,14 @@ class Turns:
     repeats: int = 3
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measurement: seconds per output token of each averaged turn, means over sessions."""
+
+    early: list[float]
+    late: list[float]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What came of it.
@@ -49,15 +58,15 @@ class Result:
         history: tokens before the first turn.
         period: turns of one compaction period.
         averaged: turns that are averaged: whole periods.
-        tpot: for each repeat, the time per output token of every turn, in seconds: the mean over sessions.
-        early, late: the same averaged from the early and from the late turn on: medians over the repeats.
+        samples: of each repeat.
+        early, late: time per output token in seconds, averaged: medians over the repeats.
         ratio: late against early within a repeat: the median over the repeats.
     """
 
     history: int
     period: int
     averaged: int
-    tpot: list[list[float]]
+    samples: list[Sample]
     early: float
     late: float
     ratio: float
@@ -77,21 +86,18 @@ def run(bench: Workbench, plan: Turns, observe: Observer) -> Result:
             "turns would have smaller caches than late ones"
         )
     length, averaged = _averaged(bench.policy, plan, history)
-    total = plan.late + averaged - 1
-    ended = begin(observe, "turns", plan.repeats * total)
-    with bench.engine(plan.sessions) as bare:
+    ended = begin(observe, "turns", plan.repeats * (plan.early + plan.late - 2 + 2 * averaged))
+    with bench.engine(2 * plan.sessions) as bare:
         asyncio.run(warm_up(bare))
-        tpot = [asyncio.run(_conversation(bare, plan, history, total, ended)) for _ in range(plan.repeats)]
-    early = [fmean(turns[plan.early - 1 :][:averaged]) for turns in tpot]
-    late = [fmean(turns[plan.late - 1 :][:averaged]) for turns in tpot]
+        samples = [asyncio.run(_sample(bare, plan, history, averaged, ended)) for _ in range(plan.repeats)]
     return Result(
         history=history,
         period=length,
         averaged=averaged,
-        tpot=tpot,
-        early=median(early),
-        late=median(late),
-        ratio=median(after / before for before, after in zip(early, late, strict=True)),
+        samples=samples,
+        early=median(fmean(sample.early) for sample in samples),
+        late=median(fmean(sample.late) for sample in samples),
+        ratio=median(fmean(sample.late) / fmean(sample.early) for sample in samples),
     )
 
 
@@ -109,15 +115,22 @@ def _averaged(policy: Policy, plan: Turns, history: int) -> tuple[int, int]:
     return length, averaged
 
 
-async def _conversation(
-    bare: Bare, plan: Turns, history: int, total: int, ended: Callable[[], None]
-) -> list[float]:
-    names = bare.create(plan.sessions)
-    await bare.turns(names, history, 1)
-    tpot = []
-    for _ in range(total):
+async def _sample(bare: Bare, plan: Turns, history: int, averaged: int, ended: Callable[[], None]) -> Sample:
+    """Late turns between early ones of other sessions, so that what else the machine does slows both."""
+    early, late = (bare.create(plan.sessions) for _ in range(2))
+
+    async def turn(names: list[str]) -> float:
         answers = await bare.turns(names, plan.input, plan.output)
-        tpot.append(fmean(answer.tpot for answer in answers))
         ended()
-    bare.delete(names)
-    return tpot
+        return fmean(answer.tpot for answer in answers)
+
+    for names, number in ((late, plan.late), (early, plan.early)):
+        await bare.turns(names, history, 1)
+        for _ in range(number - 1):
+            await turn(names)
+    sample = Sample([], [])
+    for _ in range(averaged):
+        sample.early.append(await turn(early))
+        sample.late.append(await turn(late))
+    bare.delete([*early, *late])
+    return sample

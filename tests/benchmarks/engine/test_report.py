@@ -16,6 +16,7 @@ from apiary_bench.engine.decode import Row as DecodeRow
 from apiary_bench.engine.prefill import Prefill
 from apiary_bench.engine.prefill import Row as PrefillRow
 from apiary_bench.engine.turns import Result as TurnsResult
+from apiary_bench.engine.turns import Sample as TurnsSample
 from apiary_bench.engine.turns import Turns
 from apiary_bench.engine.warm import Result as WarmResult
 from apiary_bench.engine.warm import Warm
@@ -35,7 +36,13 @@ DECODE = DecodeRow(
     ],
 )
 TURNS = TurnsResult(
-    history=1128, period=2, averaged=4, tpot=[[0.05, 0.06]], early=0.05, late=0.0525, ratio=1.0501
+    history=1128,
+    period=2,
+    averaged=4,
+    samples=[TurnsSample([0.05] * 4, [0.0525] * 4)],
+    early=0.05,
+    late=0.0525,
+    ratio=1.0501,
 )
 PREFILL = [
     PrefillRow(tokens=8000, seconds=16.5, throughput=484.8, doubling=None, samples=[16.5]),

@@ -7,6 +7,7 @@ from statistics import fmean, median
 
 import pytest
 
+from apiary_bench.engine.bare import Answer, Bare
 from apiary_bench.engine.turns import Turns, run
 from apiary_bench.errors import SettingsError
 from tests.benchmarks.engine.small import Heard, workbench
@@ -17,11 +18,27 @@ def test_averages_are_of_whole_periods(model_path: Path) -> None:
     plan = Turns(sessions=2, input=2, output=10, early=2, late=6, average=2, repeats=2)
     result = run(workbench(model_path), plan, heard)  # evicts 8 at a time: every 2 turns of 12 tokens
     assert (result.history, result.period, result.averaged) == (80, 2, 2)
-    assert [len(turns) for turns in result.tpot] == [7, 7]
-    assert heard.stages == {"turns": [(done, 14) for done in range(15)]}
-    early, late = ([fmean(turns[first : first + 2]) for turns in result.tpot] for first in (1, 5))
+    assert heard.stages == {"turns": [(done, 20) for done in range(21)]}
+    assert [(len(sample.early), len(sample.late)) for sample in result.samples] == [(2, 2), (2, 2)]
+    early, late = ([fmean(getattr(sample, name)) for sample in result.samples] for name in ("early", "late"))
     assert (result.early, result.late) == (median(early), median(late))
     assert result.ratio == median([late[0] / early[0], late[1] / early[1]])
+
+
+def test_turns_are_counted_from_one(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[tuple[int, int]] = []
+    turn = Bare.turn
+
+    async def count(bare: Bare, session: str, input: int, output: int) -> Answer:
+        answer = await turn(bare, session, input, output)
+        info = bare.engine.sessions.get("default", session)
+        turns.append((info.turn_count - 1, input))  # without the history
+        return answer
+
+    monkeypatch.setattr(Bare, "turn", count)
+    run(workbench(model_path), Turns(input=2, output=6, early=2, late=4, average=1, repeats=1), Heard())
+    history = [(0, 80)]
+    assert turns[1:] == [*history, (1, 2), (2, 2), (3, 2), *history, (1, 2), (2, 2), (4, 2)]
 
 
 @pytest.mark.parametrize(

@@ -161,8 +161,10 @@ def turns(
     Of a turn it is (last token - first token) / (tokens - 1), the mean over sessions. It is averaged over the
     turns EARLY, EARLY + 1, ... and LATE, LATE + 1, ...: as many as make whole compaction periods, since the
     few steps that compact take longer. A period is what the cache's sizes need to repeat themselves, found
-    by counting; how many turns and tokens that is for the policy is printed. The ratio is taken within a
-    repeat.
+    by counting; how many turns and tokens that is for the policy is printed.
+
+    Two conversations (or twice SESSIONS) are brought before these turns, which then alternate, so that
+    whatever else the machine does slows both. The ratio is taken within a repeat.
     """
     with server_extra("bench"):
         from apiary_bench.engine import report
