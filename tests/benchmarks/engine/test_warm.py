@@ -26,7 +26,7 @@ def test_resident_and_parked(model_path: Path) -> None:
     assert result.parked_bytes == 6 * slot
     assert result.held_bytes == result.used_bytes + result.parked_bytes
     assert result.full_bytes == 9 * 100 * 2 * (2 * 2 * 32) * 4  # layers, KV heads, head_dim; keys and values
-    assert result.rss_bytes >= result.rss_before_bytes > 0
+    assert min(result.rss_bytes, result.rss_before_bytes) > 2**26  # torch alone takes more
     assert len(result.resident_ttft) == len(result.parked_ttft) == 4
     pairs = zip(result.parked_ttft, result.resident_ttft, strict=True)
     assert result.ratio == median(parked / resident for parked, resident in pairs)

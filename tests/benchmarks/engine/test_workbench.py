@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from apiary_bench.engine.workbench import Setup
+from apiary_bench.engine.workbench import Setup, Workbench
 from apiary_bench.errors import SettingsError
 from apiary_server.errors import InvalidField
 from apiary_server.sessions.pool import SlotLayout
+from apiary_server.settings import Settings
 from tests.benchmarks.engine.small import POLICY, workbench
 
 
@@ -73,6 +74,5 @@ def test_a_budget_that_is_too_small(model_path: Path) -> None:
         workbench(model_path, cache_budget="1KiB").engine(1)
 
 
-def test_what_is_not_given_is_the_worker_s_default() -> None:
-    assert set(Setup.__dataclass_fields__) <= set(Setup().__slots__)
-    assert all(getattr(Setup(), name) is None for name in Setup.__slots__)
+def test_what_is_not_given_is_the_worker_s_default(model_path: Path) -> None:
+    assert Workbench(Setup(model=str(model_path))).settings == Settings.load(model=str(model_path))
