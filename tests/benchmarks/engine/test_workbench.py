@@ -75,4 +75,5 @@ def test_a_budget_that_is_too_small(model_path: Path) -> None:
 
 
 def test_what_is_not_given_is_the_worker_s_default(model_path: Path) -> None:
-    assert Workbench(Setup(model=str(model_path))).settings == Settings.load(model=str(model_path))
+    path = str(model_path)
+    assert Workbench(Setup(model=path)).settings.model_dump() == Settings.load(model=path).model_dump()
