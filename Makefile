@@ -37,8 +37,8 @@ serve: model ## Start a worker on 127.0.0.1:50051; flags in ARGS
 	@exec $(bin)/apiary serve --model $(MODEL) $(ARGS)
 
 .PHONY: bench
-bench: model ## Measure the bare engine's tokens per second; flags in ARGS (--help lists them)
-	@$(bin)/python benchmarks/engine.py --model $(MODEL) $(ARGS)
+bench: model ## Measure the bare engine: tokens per second; flags, or another experiment, in ARGS (--help lists them)
+	@$(bin)/apiary bench engine $(ARGS) --model $(MODEL)
 
 .PHONY: bench-policies
 bench-policies: model ## Measure what each cache policy costs of a decode step; flags in ARGS

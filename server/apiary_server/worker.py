@@ -86,12 +86,32 @@ def build(settings: Settings, observer: Observer | None = None) -> Engine:
         InvalidField: the default policy is malformed or does not fit.
         ValueError: torch has no such device, or the cache budget is too small, or more than there is.
     """
+    return assemble(settings, load_model(settings), observer)
+
+
+def load_model(settings: Settings) -> LoadedModel:
+    """Load the model that the settings name.
+
+    Raises:
+        ModelUnavailable, UnservableModel: there is no such model, or it cannot be served.
+        ValueError: torch has no such device.
+    """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
     dtype, cache_dtype = getattr(torch, settings.dtype), getattr(torch, settings.cache_dtype)
     path = resolve(settings.model)
-    loaded = load(path, device, dtype, cache_dtype, settings.backend, settings.weights)
+    return load(path, device, dtype, cache_dtype, settings.backend, settings.weights)
+
+
+def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None = None) -> Engine:
+    """`build` over a model that `load_model` loaded; engines may share it, one after the other.
+
+    Raises:
+        InvalidField: the default policy is malformed or does not fit.
+        ValueError: the cache budget is too small, or more than there is.
+    """
+    device = loaded.backend.device
     layouts = Layouts(loaded, settings)
     policy, layout = layouts(None)
     try:

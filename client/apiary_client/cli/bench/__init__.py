@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from apiary_client.cli.bench import quality, serve
+from apiary_client.cli.bench import engine, quality, roofline, serve
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 
@@ -15,4 +15,6 @@ def bench() -> None:
 
 
 serve.register(app)
+engine.register(app)
+roofline.register(app)
 quality.register(app)
