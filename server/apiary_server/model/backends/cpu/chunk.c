@@ -28,17 +28,20 @@ typedef struct {
 
 typedef struct {
     int64_t head, first, tokens, view, stride, vectors; /* view: entries that the last token sees */
-    float *queries, *keys, *weights;
+    const float *keys; /* of the head, in blocks of KEYS, channel by channel */
+    float *queries, *output, *weights;
 } Tile;
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t sees(const Chunk *task, int64_t token) { return task->entries - task->tokens + token + 1; }
 
-/* Entries [first, first + KEYS), channel by channel; zeros behind the last. */
-INLINE void transpose(const Chunk *task, const void *keys, int64_t first, int64_t view, float *restrict into) {
-    for (int64_t k = 0; k < KEYS; k++)
-        for (int64_t d = 0; d < task->dim; d++)
-            into[d * KEYS + k] = first + k < view ? element(keys, (first + k) * task->dim + d, task->bfloat16) : 0;
+/* A head's keys [first, first + KEYS), channel by channel; zeros behind the last. */
+FOR_EACH_PROCESSOR static void transpose(const Chunk *task, int64_t head, int64_t first, float *restrict into) {
+    int64_t dim = task->dim, from = head * task->cache_head + first * dim;
+    int64_t count = smaller(KEYS, task->entries - first);
+    for (int64_t d = 0; d < dim; d++)
+        for (int64_t k = 0; k < KEYS; k++)
+            into[d * KEYS + k] = k < count ? element(task->keys, from + k * dim + d, task->bfloat16) : 0;
 }
 
 /* weights[v, :KEYS] = queries[v] . keys, for `count` of at most DOTS vectors. */
@@ -127,17 +130,17 @@ INLINE void load_queries(const Chunk *task, const Tile *tile) {
     }
 }
 
-FOR_EACH_PROCESSOR static void work(const Chunk *task, const Tile *tile, float *recorded, float *output) {
+FOR_EACH_PROCESSOR static void work(const Chunk *task, const Tile *tile, float *recorded) {
+    float *output = tile->output;
     int64_t dim = task->dim, stride = tile->stride, size = task->bfloat16 ? 2 : 4, v;
-    const char *keys = (const char *)task->keys + tile->head * task->cache_head * size;
     const char *values = (const char *)task->values + tile->head * task->cache_head * size;
     load_queries(task, tile);
     for (int64_t first = 0; first < tile->view; first += KEYS) {
-        transpose(task, keys, first, tile->view, tile->keys);
+        const float *keys = tile->keys + first * dim;
         for (v = 0; v + DOTS <= tile->vectors; v += DOTS)
-            dots(DOTS, dim, tile->queries + v * dim, tile->keys, tile->weights + v * stride + first, stride);
+            dots(DOTS, dim, tile->queries + v * dim, keys, tile->weights + v * stride + first, stride);
         for (; v < tile->vectors; v++)
-            dots(1, dim, tile->queries + v * dim, tile->keys, tile->weights + v * stride + first, stride);
+            dots(1, dim, tile->queries + v * dim, keys, tile->weights + v * stride + first, stride);
     }
     for (v = 0; v < tile->vectors; v++) {
         int64_t view = sees(task, tile->first + v / task->group);
@@ -182,33 +185,47 @@ FOR_EACH_PROCESSOR static void add_up(const Chunk *task, int64_t head, int64_t s
 
 /* Returns 0, or 1 where there was no memory. */
 int apiary_attend_chunk(const Chunk *task) {
-    int64_t most = FLOATS / (task->group * task->entries);
+    int64_t most = FLOATS / (task->group * task->entries), dim = task->dim;
     int64_t tokens = most < 1 ? 1 : smaller(most, TILE), tiles = (task->tokens + tokens - 1) / tokens;
     int64_t stride = (task->entries + KEYS - 1) / KEYS * KEYS, vectors = tokens * task->group;
     int64_t kept = task->states * task->entries;
     float *recorded = malloc(sizeof(float) * (task->kv_heads * tiles * kept + 1));
-    int failed = recorded == NULL;
+    float *keys = malloc(sizeof(float) * task->kv_heads * stride * dim);
+    int failed = recorded == NULL || keys == NULL;
 #pragma omp parallel reduction(| : failed)
     {
-        int64_t floats = vectors * (stride + 2 * task->dim) + KEYS * task->dim;
-        float *memory = malloc(sizeof(float) * floats);
-        failed |= memory == NULL;
+        float *memory = malloc(sizeof(float) * vectors * (stride + 2 * dim));
+        failed |= memory == NULL || recorded == NULL || keys == NULL;
+#pragma omp for collapse(2)
+        for (int64_t head = 0; head < task->kv_heads; head++)
+            for (int64_t first = 0; first < stride; first += KEYS)
+                if (!failed) transpose(task, head, first, keys + (head * stride + first) * dim);
 #pragma omp for schedule(dynamic)
         for (int64_t item = task->kv_heads * tiles - 1; item >= 0; item--) { /* those that see most come first */
             if (failed) continue;
             int64_t tile = item / task->kv_heads, head = item % task->kv_heads, first = tile * tokens;
             int64_t here = smaller(tokens, task->tokens - first);
-            float *queries = memory + vectors * stride, *output = queries + vectors * task->dim;
-            Tile piece = {head,    first,   here, sees(task, first + here - 1), stride, here * task->group,
-                          queries, output + vectors * task->dim, memory};
-            work(task, &piece, recorded + (head * tiles + tile) * kept, output);
+            Tile piece = {
+                .head = head,
+                .first = first,
+                .tokens = here,
+                .view = sees(task, first + here - 1),
+                .stride = stride,
+                .vectors = here * task->group,
+                .keys = keys + head * stride * dim,
+                .queries = memory + vectors * stride,
+                .output = memory + vectors * (stride + dim),
+                .weights = memory,
+            };
+            work(task, &piece, recorded + (head * tiles + tile) * kept);
         }
-        free(memory);
 #pragma omp for collapse(2)
         for (int64_t head = 0; head < task->kv_heads; head++)
             for (int64_t s = 0; s < task->states; s++)
                 if (!failed) add_up(task, head, s, tokens, recorded + head * tiles * kept);
+        free(memory);
     }
     free(recorded);
+    free(keys);
     return failed;
 }
