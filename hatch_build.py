@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from packaging.tags import sys_tags
 
 _KERNELS = Path("server/apiary_server/model/backends/cpu")
 _FLAGS = [
@@ -39,7 +40,7 @@ class Kernels(BuildHookInterface):  # type: ignore[type-arg]
                 return
             build_data["artifacts"].append(str(target.relative_to(self.root)))
         build_data["pure_python"] = False
-        build_data["infer_tag"] = True
+        build_data["tag"] = f"py3-none-{next(sys_tags()).platform}"  # any Python loads them
 
     def _compile(self, source: Path, target: Path) -> bool:
         compiler = shutil.which(os.environ.get("CC", "cc"))
