@@ -16,7 +16,7 @@ from apiary_server.rpc.convert import incoming, outgoing
 from apiary_server.settings import Settings
 
 if TYPE_CHECKING:
-    from apiary_server.engine.engine import Engine
+    from apiary_server.engine.engine import Engine, Place
 
 
 class GenerationService(GenerationServiceServicer):
@@ -59,7 +59,11 @@ class GenerationService(GenerationServiceServicer):
         # reaches: the engine drops a turn whose stream is closed.
         context.add_done_callback(lambda _: stream.close())  # type: ignore[arg-type]  # the stub wants a class
         try:
-            await asyncio.to_thread(self._open, request, caller(context), stream)
+            who = caller(context)
+            # here: refusals must not queue for a thread behind those who tokenise
+            place = self._engine.reserve(who.tenant)
+            # shielded: the place must be given back even if the caller leaves before a thread is free
+            await asyncio.shield(asyncio.to_thread(self._open, request, who, stream, place))
             # Not earlier: a client retries a refused call by itself only if no headers came before.
             await context.send_initial_metadata(())
             async for delta in stream:
@@ -67,6 +71,10 @@ class GenerationService(GenerationServiceServicer):
         finally:
             stream.close()
 
-    def _open(self, request: pb.GenerateRequest, who: Caller, stream: TokenStream) -> None:
-        turn = incoming.turn_request(request, who, self._engine.model.max_prompt_tokens)
-        self._engine.open(turn, stream)
+    def _open(self, request: pb.GenerateRequest, who: Caller, stream: TokenStream, place: Place) -> None:
+        try:
+            turn = incoming.turn_request(request, who, self._engine.model.max_prompt_tokens)
+        except BaseException:
+            place.release()
+            raise
+        self._engine.open(turn, stream, place)
