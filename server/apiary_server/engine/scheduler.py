@@ -4,9 +4,9 @@
 budget and, where others decode, makes the step at most `decode_slowdown` times as long as their tokens alone
 (`Costs` learns how long that is). Tenants share the room by weighted fair queueing (start-time fair queueing,
 Goyal et al., SIGCOMM 1996): a tenant's clock advances by the tokens that it computes, divided by its weight,
-and the tenant whose clock is behind goes first. Within a tenant higher priority goes first; waiting raises it,
-so nobody starves, and a long prompt lowers it. Who prefilled in the step before lets the others go first: a
-book leaves every other step to a chat's next turn.
+and the tenant whose clock is behind goes first. Within a tenant higher priority goes first; waiting raises
+it, so nobody starves, and a long prompt lowers it. Who prefilled in the step before lets the others go first:
+a book leaves every other step to a chat's next turn.
 
 *The queue* is bounded. When it is full, the tenant with the most waiting turns for its weight is refused: its
 newcomers at once, and for another tenant's newcomer its last turn has to leave (longest queue drop, McKenney,
@@ -91,7 +91,7 @@ class Scheduler:
         counts = Counter(arriving) + Counter(turn.tenant for turn in tuple(self.waiting))
         if counts.total() >= self.queue_limit and tenant in self._heaviest(counts + Counter([tenant])):
             raise self._full(
-                f"{counts.total()} turns wait, {counts[tenant]} of them this tenant's, and {self.queue_limit} may"
+                f"{counts.total()} turns wait, and {self.queue_limit} may; {counts[tenant]} are this tenant's"
             )
 
     def add(self, turn: Turn) -> tuple[Turn, QueueFull] | None:
@@ -116,8 +116,8 @@ class Scheduler:
     def check_deadline(self, turn: Turn) -> None:
         """See whether the first token of a turn that arrives can come in time. For any thread; an estimate.
 
-        It is of what has to be computed until then: the turn's prompt, and of those that go first what fairness
-        gives them meanwhile. What else may hold it up (decoding, memory, later arrivals) is left out.
+        It is of what has to be computed until then: the turn's prompt, and of those that go first what
+        fairness gives them meanwhile. What else may hold it up (decoding, memory, later arrivals) is left out.
 
         Raises:
             DeadlineExceeded: it cannot, even in half of the estimated time.
@@ -151,12 +151,13 @@ class Scheduler:
 
     def _prefill(self, plan: StepPlan, started: Collection[Turn]) -> None:
         """Fill the room beside the decode tokens."""
+        turns = (*started, *self.waiting)
         unstarted, admitting = set(self.waiting), True
+        prefilled: set[Turn] = set()
         self._stalled = set()
-        prefilled = set()
         room = max(self._step_tokens - plan.decode_tokens, min(self._step_tokens, _LEAST_CHUNK))
         longest = self._decode_slowdown * self._costs.seconds(plan.work) if plan.chunks else math.inf
-        for turn in self._in_order((*started, *unstarted)):
+        for turn in self._in_order(turns):
             most = min(room, self._costs.tokens(longest - self._costs.seconds(plan.work), turn.context))
             if most < min(_LEAST_CHUNK, turn.remaining):
                 if prefilled:
@@ -246,9 +247,7 @@ class Scheduler:
         for tenant in here - self._here:
             self._served[tenant] = max(self._served.get(tenant, 0.0), self._floor)
         self._served = {
-            tenant: served
-            for tenant, served in self._served.items()
-            if tenant in here or served > self._floor
+            tenant: clock for tenant, clock in self._served.items() if tenant in here or clock > self._floor
         }
         self._here = here
 

@@ -33,7 +33,7 @@ class StepPlan:
     """
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
-    work: Work = Work()
+    work: Work = field(default_factory=Work)
     blocked: Turn | None = None
 
     @property
