@@ -119,7 +119,7 @@ def build(settings: Settings, observer: Observer | None = None) -> Engine:
     )
     return Engine(
         model=model,
-        door=Door(model, loaded.tokenizer, sessions, residency, loaded.rotary),
+        door=Door(model, loaded.tokenizer, sessions, residency, loaded.rotary, scheduler),
         scheduler=scheduler,
         loop=Loop(Runner(loaded.backend), scheduler, sessions, residency, observer or Observer()),
         sessions=sessions,

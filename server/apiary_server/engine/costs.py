@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# Of the features below: what makes a step of an ordinary load about 1 in each, so that one prior fits all.
-_UNITS = (1.0, 16.0, 64.0, 64.0 * 1024)
-_PRIOR = 1.0  # variance of each coefficient before the first step, in seconds squared: nothing is known
-_NOISE = 0.2  # standard deviation of a step's time, as a part of it
-_DRIFT = 0.02  # of a coefficient from step to step, as a part of it: caches warm up, neighbours come and go
-_CLIP = 3.0  # standard deviations: what is further off (a swap, a page fault storm) counts as that far
-_ENOUGH = 8  # steps with prefill after which prices are evidence
+import numpy as np
+
+_KEEP = 0.95  # of the weight of older steps, when one more of their kind comes: the last 20 count
+_SWEEPS = 8  # of coordinate descent after each step; it goes on from the prices before
+_TRUSTED = 16  # steps of a kind after which what is expected of the next one is trusted
+_MOST = 2.0  # times what is expected: a step that took longer (a swap, a busy neighbour) counts as that long
+_ENOUGH = 8  # steps with prefill after which its price is evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,57 +38,56 @@ class Work:
 
 
 class Costs:
-    """Seconds of a step = a + b * rows + c * tokens + d * pairs.
+    """Seconds of a step = a + b * rows + c * tokens + d * pairs, where no price is negative.
 
-    The coefficients follow a random walk that a Kalman filter (Kalman 1960) tracks; they are never negative.
-    Its noise is in proportion to the step, so that short steps count like long ones, and what lies far off is
-    clipped (Huber 1964). The same steps give the same prices, on any machine.
+    The prices are the least squares of relative errors over recent steps. Steps with decode, with prefill,
+    and with both are remembered apart, so that an hour of decoding leaves the price of prefill as it was. The
+    same steps give the same prices.
     """
 
     def __init__(self) -> None:
-        self._price = [0.0] * len(_UNITS)
-        self._variance = [[_PRIOR * (i == j) for j in range(len(_UNITS))] for i in range(len(_UNITS))]
-        self._prefills = 0
+        self._prices = [0.0] * 4
+        # of the normal equations, by kind of step: [rows, tokens]
+        self._matrix = np.zeros((2, 2, 4, 4))
+        self._vector = np.zeros((2, 2, 4))
+        self._steps = np.zeros((2, 2), dtype=np.int64)
 
     @property
     def known(self) -> bool:
         """Whether enough prefill was seen for its price to be evidence."""
-        return self._prefills >= _ENOUGH
+        return bool(self._steps[:, 1].sum() >= _ENOUGH)
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from a step."""
-        self._prefills += work.tokens > 0
-        x, price, variance = _features(work), self._price, self._variance
-        least = sum(price) / 10  # else a coefficient that is 0 would stay there
-        for i, value in enumerate(price):
-            variance[i][i] = min(variance[i][i] + (_DRIFT * max(value, least)) ** 2, _PRIOR)
-        spread = [sum(p * value for p, value in zip(row, x, strict=True)) for row in variance]
-        expected = self.seconds(work)
-        noise = (_NOISE * max(expected, seconds)) ** 2
-        total = sum(s * value for s, value in zip(spread, x, strict=True)) + noise
-        if total <= 0:  # a clock that stood still tells nothing
+        kind = int(work.rows > 0), int(work.tokens > 0)
+        expected, scale = self.seconds(work), seconds
+        if self._steps[kind] >= _TRUSTED and expected > 0:
+            seconds, scale = min(seconds, _MOST * expected), expected
+        if scale <= 0:  # a clock that stood still tells nothing
             return
-        most = _CLIP * math.sqrt(total)
-        error = max(-most, min(seconds - expected, most)) / total
-        for i, gain in enumerate(spread):
-            price[i] = max(price[i] + gain * error, 0.0)
-            for j, other in enumerate(spread):
-                variance[i][j] -= gain * other / total
+        row = np.array([1.0, work.rows, work.tokens, work.pairs]) / scale
+        self._steps[kind] += 1
+        self._matrix[kind] = _KEEP * self._matrix[kind] + np.outer(row, row)
+        self._vector[kind] = _KEEP * self._vector[kind] + row * (seconds / scale)
+        matrix, vector = self._matrix.sum((0, 1)).tolist(), self._vector.sum((0, 1)).tolist()
+        prices = self._prices
+        for _ in range(_SWEEPS):
+            for i, (a, b, c, d) in enumerate(matrix):
+                if matrix[i][i] > 0:
+                    rest = vector[i] - (a * prices[0] + b * prices[1] + c * prices[2] + d * prices[3])
+                    prices[i] = max(prices[i] + rest / matrix[i][i], 0.0)
 
     def seconds(self, work: Work) -> float:
         """The time of a step; 0 where nothing is known."""
-        return sum(price * value for price, value in zip(self._price, _features(work), strict=True))
+        a, b, c, d = self._prices
+        return a + b * work.rows + c * work.tokens + d * work.pairs
 
     def tokens(self, seconds: float, context: int) -> float:
         """How many prefill tokens behind `context` entries make a step that much longer; infinity if nothing
         is known of their price."""
-        _, _, token, pair = (price / unit for price, unit in zip(self._price, _UNITS, strict=True))
-        first = token + pair * context
+        _, _, token, pair = self._prices
+        if seconds <= 0 or not token + pair:
+            return 0.0 if token + pair else math.inf
         # of first * n + pair * n * n / 2 = seconds, the positive root, in the form that divides by no zero
-        divisor = first + math.sqrt(first * first + 2 * pair * max(seconds, 0.0))
-        return 2 * max(seconds, 0.0) / divisor if divisor else math.inf
-
-
-def _features(work: Work) -> tuple[float, ...]:
-    counts = (1.0, work.rows, work.tokens, work.pairs)
-    return tuple(count / unit for count, unit in zip(counts, _UNITS, strict=True))
+        first = token + pair * context
+        return 2 * seconds / (first + math.sqrt(first * first + 2 * pair * seconds))

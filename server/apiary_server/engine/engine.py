@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -15,6 +14,7 @@ from apiary_server import errors
 from apiary_server.engine.delivery import TokenStream
 from apiary_server.engine.door import Door
 from apiary_server.engine.loop import Loop
+from apiary_server.engine.places import Place, Places
 from apiary_server.engine.request import Messages, Text, TurnRequest
 from apiary_server.engine.result import Capacity, ModelInfo
 from apiary_server.engine.scheduler import Scheduler
@@ -22,20 +22,6 @@ from apiary_server.engine.turn import Turn
 from apiary_server.sessions.manager import SessionManager
 
 _log = structlog.get_logger(__name__)
-
-
-class Place:
-    """A place in the queue, held for a turn that is on its way there."""
-
-    def __init__(self, tenant: str, leave: Callable[[str], None]) -> None:
-        self._tenant = tenant
-        self._leave: Callable[[str], None] | None = leave
-
-    def release(self) -> None:
-        """Give it back; any often."""
-        leave, self._leave = self._leave, None
-        if leave is not None:
-            leave(self._tenant)
 
 
 class Engine:
@@ -71,8 +57,7 @@ class Engine:
         self._scheduler = scheduler
         self._loop = loop
         self._step_limit = step_limit
-        self._arriving = Counter[str]()  # turns of each tenant that are on their way to the loop
-        self._arrivals = threading.Lock()  # held for an instant alone
+        self._places = Places()
         self._draining = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -91,9 +76,7 @@ class Engine:
         """Let turns finish for `grace` seconds, roll the others back, and end the loop."""
         self.drain()
         deadline = time.monotonic() + grace
-        while time.monotonic() < deadline and self._thread.is_alive():
-            if not self._queued and not self._scheduler.running:
-                break
+        while time.monotonic() < deadline and self._thread.is_alive() and self._busy:
             time.sleep(0.02)
         self._stopping.set()
         self._loop.post(lambda: None)
@@ -108,10 +91,7 @@ class Engine:
         """
         if self._draining:
             raise errors.Draining("the worker is shutting down; try another", retry_after=1.0)
-        with self._arrivals:
-            self._scheduler.check_queue(tenant, self._arriving)
-            self._arriving[tenant] += 1
-        return Place(tenant, self._leave)
+        return self._places.take(tenant, self._scheduler.check_queue)
 
     def open(self, request: TurnRequest, stream: TokenStream, place: Place | None = None) -> None:
         """Check a request and queue its turn; the answer comes by `stream`. Blocks while it tokenises.
@@ -123,17 +103,11 @@ class Engine:
 
         Raises:
             Draining, QueueFull: see `reserve`.
-            InvalidField, SessionNotFound, SessionBusy, ContextFull: see `Door.admit`.
-            DeadlineExceeded: its first token could not come in time.
+            InvalidField, SessionNotFound, SessionBusy, ContextFull, DeadlineExceeded: see `Door.admit`.
         """
         place = place or self.reserve(request.tenant)
         try:
             turn = self._door.admit(request, stream)
-            try:
-                self._scheduler.check_deadline(turn)
-            except errors.DeadlineExceeded:
-                self.sessions.end_turn(turn.session)
-                raise
         except BaseException:
             place.release()
             raise
@@ -182,19 +156,13 @@ class Engine:
             parked_budget_bytes=residency.parked_budget,
             sessions=len(self.sessions),
             running_turns=len(self._scheduler.running),
-            queued_turns=self._queued,
+            queued_turns=len(self._scheduler.waiting) + len(self._places),
             queue_limit=self._scheduler.queue_limit,
         )
 
     @property
-    def _queued(self) -> int:
-        with self._arrivals:
-            return len(self._scheduler.waiting) + self._arriving.total()
-
-    def _leave(self, tenant: str) -> None:
-        with self._arrivals:
-            self._arriving[tenant] -= 1
-            self._arriving += Counter()  # forgets tenants without any
+    def _busy(self) -> bool:
+        return bool(self._places or self._scheduler.waiting or self._scheduler.running)
 
     # the engine thread
 

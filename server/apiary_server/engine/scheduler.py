@@ -116,8 +116,8 @@ class Scheduler:
     def check_deadline(self, turn: Turn) -> None:
         """See whether the first token of a turn that arrives can come in time. For any thread; an estimate.
 
-        It is of what has to be computed until then: the turn's prompt, and of those that go first what
-        fairness gives them meanwhile. What else may hold it up (decoding, memory, later arrivals) is left out.
+        It is of what has to be computed until then: the turn's prompt, and what fairness gives meanwhile to
+        those that go first. What else may hold it up (decoding, memory, later arrivals) is left out.
 
         Raises:
             DeadlineExceeded: it cannot, even in half of the estimated time.
@@ -151,29 +151,26 @@ class Scheduler:
 
     def _prefill(self, plan: StepPlan, started: Collection[Turn]) -> None:
         """Fill the room beside the decode tokens."""
-        turns = (*started, *self.waiting)
-        unstarted, admitting = set(self.waiting), True
+        waiting = list(self.waiting) if self._may_start else []
+        unstarted = set(waiting)
         prefilled: set[Turn] = set()
-        self._stalled = set()
+        stalled: set[Turn] = set()
         room = max(self._step_tokens - plan.decode_tokens, min(self._step_tokens, _LEAST_CHUNK))
-        longest = self._decode_slowdown * self._costs.seconds(plan.work) if plan.chunks else math.inf
-        for turn in self._in_order(turns):
-            most = min(room, self._costs.tokens(longest - self._costs.seconds(plan.work), turn.context))
+        spent = self._costs.seconds(plan.work)
+        longest = self._decode_slowdown * spent if plan.chunks else math.inf
+        for turn in self._in_order([*started, *waiting]):
+            most = min(room, self._costs.tokens(longest - spent, turn.context))
             if most < min(_LEAST_CHUNK, turn.remaining):
                 if prefilled:
                     break
                 most = min(room, _LEAST_CHUNK)
-            if turn in unstarted:
-                admitting = admitting and self._admit(plan, turn)
-                if not admitting:
-                    continue
+            if turn in unstarted and not self._start(plan, turn):
+                continue
             count = self._give(plan, turn, int(most))
-            if count:
-                prefilled.add(turn)
-                room -= count
-            else:
-                self._stalled.add(turn)
-        self._prefilled = prefilled
+            (prefilled if count else stalled).add(turn)
+            room -= count
+            spent = self._costs.seconds(plan.work)
+        self._prefilled, self._stalled = prefilled, stalled
 
     def _in_order(self, turns: Collection[Turn]) -> Iterator[Turn]:
         """The turns as they come; who comes next depends on what was given to those before."""
@@ -195,12 +192,16 @@ class Scheduler:
             else:
                 heapq.heappop(heap)
 
-    def _admit(self, plan: StepPlan, turn: Turn) -> bool:
+    @property
+    def _may_start(self) -> bool:
+        """Whether a turn may: those that have started and wait for a slot go before those that have not."""
+        return len(self.running) < self._max_running and not any(
+            turn.starved for turn in self.running if not turn.paused
+        )
+
+    def _start(self, plan: StepPlan, turn: Turn) -> bool:
         """Start a waiting turn; False if no more can start in this step."""
-        # turns that have started and wait for a slot go before those that have not
-        if len(self.running) >= self._max_running or any(
-            other.starved for other in self.running if not other.paused
-        ):
+        if plan.blocked is not None or not self._may_start:
             return False
         if not turn.open():
             plan.blocked = turn

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from apiary.v1 import generation_pb2 as pb
 from apiary.v1.generation_pb2_grpc import GenerationServiceServicer
 from apiary_server.engine.delivery import TokenStream
+from apiary_server.engine.places import Place
 from apiary_server.engine.result import Delta
 from apiary_server.rpc.caller import Caller, Context, caller
 from apiary_server.rpc.convert import incoming, outgoing
 from apiary_server.settings import Settings
 
 if TYPE_CHECKING:
-    from apiary_server.engine.engine import Engine, Place
+    from apiary_server.engine.engine import Engine
 
 
 class GenerationService(GenerationServiceServicer):
