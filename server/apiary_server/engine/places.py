@@ -32,7 +32,7 @@ class Places:
             return self._taken.total()
 
     def take(self, tenant: str, check: Callable[[str, Mapping[str, int]], None]) -> Place:
-        """Take one for a tenant, unless `check` raises: it is told the tenant, and how many each has taken."""
+        """Take one for a tenant, unless `check` raises, given the tenant and how many each has taken."""
         with self._lock:
             check(tenant, self._taken)
             self._taken[tenant] += 1

@@ -52,8 +52,8 @@ class FakeEngine:
     """The interface of `apiary_server.engine.engine.Engine`, with threads that answer at a set pace.
 
     Set `full` to have `reserve` refuse, `refusal` to have `open` raise, `failure` to have answers end in it
-    after their first token, `count` and `pace` (seconds) for the answers' tokens, and `admission` (seconds) for
-    how long `open` takes.
+    after their first token, `count` and `pace` (seconds) for the answers' tokens, and `admission` (seconds)
+    for how long `open` takes.
     """
 
     def __init__(self) -> None:

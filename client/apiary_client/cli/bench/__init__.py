@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from apiary_client.cli.bench import quality, serve
+from apiary_client.cli.bench import interference, quality, serve
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 
@@ -15,4 +15,5 @@ def bench() -> None:
 
 
 serve.register(app)
+interference.register(app)
 quality.register(app)
