@@ -41,8 +41,9 @@ class Costs:
     """Seconds of a step = a + b * rows + c * tokens + d * pairs, where no price is negative.
 
     The prices are the least squares of relative errors over recent steps. Steps with decode, with prefill,
-    and with both are remembered apart, so that an hour of decoding leaves the price of prefill as it was. The
-    same steps give the same prices.
+    and with both are remembered apart, so that an hour of decoding leaves the price of prefill as it was.
+    What evidence cannot tell apart counts as a step's own, so that nothing is dear before it is known to be.
+    The same steps give the same prices.
     """
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -33,9 +33,9 @@ _LEVEL_SECONDS = 1.0  # waiting that is worth a level of priority
 _LEVEL_TOKENS = 512  # tokens of prompt that cost one
 _LEAST_CHUNK = 16  # tokens that a step has for prefill, whatever it costs; and no chunk is cut smaller
 _OPTIMISM = 0.5  # of the time that a first token should take: only what misses even that is refused
-_PACE_GAIN = 0.1  # of the newest gap between two starts in their mean
-_FIRST_RETRY = 1.0  # seconds to wait for a place in the queue before any turn has left it
-_LONGEST_RETRY = 60.0
+_PACE_GAIN = 0.2  # of the newest gap between two starts in their mean
+_FIRST_RETRY = 1.0  # seconds until a place in the queue is free, while no turn has left it yet
+_LEAST_RETRY, _MOST_RETRY = 0.1, 60.0  # seconds
 
 
 class Scheduler:
@@ -102,7 +102,7 @@ class Scheduler:
         if len(self.waiting) <= self.queue_limit:
             return None
         heaviest = self._heaviest(Counter(other.tenant for other in self.waiting))
-        last = max((other for other in self.waiting if other.tenant in heaviest), key=self._rank)
+        last = max((other for other in reversed(self.waiting) if other.tenant in heaviest), key=self._rank)
         return last, self._full("the queue is full, and this turn made way for another tenant's")
 
     def remove(self, turn: Turn) -> None:
@@ -175,18 +175,18 @@ class Scheduler:
     def _in_order(self, turns: Collection[Turn]) -> Iterator[Turn]:
         """The turns as they come; who comes next depends on what was given to those before."""
         ranks = {turn: (turn in self._prefilled, *self._rank(turn)) for turn in turns}
-        lines: dict[str, list[Turn]] = {}
-        for turn in sorted(turns, key=lambda turn: ranks[turn], reverse=True):
-            lines.setdefault(turn.tenant, []).append(turn)
+        lines: dict[str, deque[Turn]] = {}
+        for turn in sorted(turns, key=lambda turn: ranks[turn]):
+            lines.setdefault(turn.tenant, deque()).append(turn)
 
         def place(tenant: str) -> tuple[float, tuple[bool, float, float], str]:
-            return self._served[tenant], ranks[lines[tenant][-1]], tenant
+            return self._served[tenant], ranks[lines[tenant][0]], tenant
 
         heap = [place(tenant) for tenant in lines]
         heapq.heapify(heap)
         while heap:
             tenant = heap[0][-1]
-            yield lines[tenant].pop()
+            yield lines[tenant].popleft()
             if lines[tenant]:
                 heapq.heapreplace(heap, place(tenant))
             else:
@@ -261,26 +261,26 @@ class Scheduler:
         for other in (*tuple(self.running), *tuple(self.waiting)):
             if other.decoding:
                 decoding.add(other.tenant)
-            elif other in self._stalled or other in self._prefilled:
-                pass  # it may pass them
+            elif other in self._stalled:
+                pass  # its turn may not come before
             elif other.tenant != turn.tenant:
                 others[other.tenant] += other.remaining
-            elif self._rank(other) < rank:
+            elif other not in self._prefilled and self._rank(other) < rank:
                 mine += min(other.remaining, prompt)
         clock, weight = self._served.get(turn.tenant, self._floor), self._weight(turn.tenant)
-        total = mine
+        beside = 0.0
         for tenant, tokens in others.items():
-            if tenant not in decoding:  # those may have had their share by that
+            if tenant not in decoding:  # else that may be its share
                 ahead = max(self._served.get(tenant, self._floor) - clock, 0.0)
-                total += min(tokens, max(mine / weight - ahead, 0.0) * self._weight(tenant))
-        return total
+                beside += min(tokens, max(mine / weight - ahead, 0.0) * self._weight(tenant))
+        return mine + min(beside, mine)  # no more of the others: they may have to wait for memory
 
     def _check_deadline(self, turn: Turn, tokens: float) -> None:
         deadline = turn.request.deadline
         if deadline is None or not self._costs.known:
             return
         left = deadline - self._clock()
-        needed = tokens / self._step_tokens * self._costs.seconds(Work(tokens=self._step_tokens))
+        needed = tokens / self._step_tokens * self._costs.seconds(Work.of_chunk(self._step_tokens, 0))
         if _OPTIMISM * needed > left:
             raise DeadlineExceeded(
                 f"the first token would take about {needed:.1f} s, and the deadline leaves {left:.1f} s: "
@@ -293,4 +293,4 @@ class Scheduler:
         """The refusal of a turn: there should be a place when the next turn starts."""
         pace = _FIRST_RETRY if self._pace is None else self._pace
         since = self._clock() - self._started  # no shorter than that, by all that is known
-        return QueueFull(why, min(max(pace, since), _LONGEST_RETRY), limit=self.queue_limit)
+        return QueueFull(why, min(max(pace, since, _LEAST_RETRY), _MOST_RETRY), limit=self.queue_limit)

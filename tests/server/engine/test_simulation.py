@@ -130,7 +130,7 @@ def test_nobody_starves_and_every_budget_holds(block: int) -> None:
     assert min(ends[end] for end in ("finished", "cancelled", "expired", "late", "full", "displaced")) >= 5
     # what a step costs is learned, although its time is noisy
     assert len(stretch) >= 20
-    assert quantiles(stretch, n=20)[-1] < 1.5
+    assert quantiles(stretch, n=10)[-1] < 1.5
 
 
 class Shares:
@@ -162,9 +162,9 @@ def test_shares_follow_the_weights_while_tenants_have_more_to_ask(block: int) ->
 
 
 def test_a_deadline_refuses_nobody_who_would_have_made_it() -> None:
-    """Run again with the first refused turn let in: its first token comes after the deadline, by far."""
+    """Run again with the first refused turn let in: its first token comes late, by far."""
     refused = 0
-    for seed in range(WORLDS // 4):
+    for seed in range(WORLDS // 2):
         world = mixed(seed)
         Simulation(world, noise=False).run()
         place = next((place for place, turn in enumerate(world.turns) if turn.end == "late"), None)
