@@ -187,7 +187,7 @@ def mixed(seed: int) -> World:
     memory = Memory(slots=chance.randint(2, 8))
     span = chance.choice([0.0, 500, 3000]) * prices[2]  # in which the turns arrive, in prefill tokens
     turns = []
-    for _ in range(chance.randint(1, 40)):
+    for _ in range(chance.randint(1, 30)):
         arrived = chance.uniform(0, span)
         turn = FakeTurn(
             tenant=chance.choice("abc"),
