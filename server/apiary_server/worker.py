@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from apiary_server.engine.door import Door
-from apiary_server.engine.engine import Engine, Limits
+from apiary_server.engine.engine import Engine
 from apiary_server.engine.loop import Loop
 from apiary_server.engine.result import ModelInfo, Observer
 from apiary_server.engine.scheduler import Scheduler
@@ -130,18 +130,20 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
     model = _info(settings, loaded, policy)
     sessions = SessionManager(layouts, settings.session_ttl, settings.max_sessions)
     residency = Residency(pool, settings.reserve_slots, settings.parked_budget)
+    scheduler = Scheduler(
+        settings.step_tokens,
+        settings.max_running,
+        settings.queue_limit,
+        settings.decode_slowdown,
+        settings.tenant_weights,
+    )
     return Engine(
         model=model,
-        door=Door(model, loaded.tokenizer, sessions, residency, loaded.rotary),
-        loop=Loop(
-            Runner(loaded.backend),
-            Scheduler(settings.step_tokens, settings.max_running),
-            sessions,
-            residency,
-            observer or Observer(),
-        ),
+        door=Door(model, loaded.tokenizer, sessions, residency, loaded.rotary, scheduler),
+        scheduler=scheduler,
+        loop=Loop(Runner(loaded.backend), scheduler, sessions, residency, observer or Observer()),
         sessions=sessions,
-        limits=Limits(settings.queue_limit, settings.step_limit),
+        step_limit=settings.step_limit,
     )
 
 

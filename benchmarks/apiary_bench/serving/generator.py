@@ -162,7 +162,7 @@ class _Load:
                 records[place].append(await self._measure(turn, began))
                 ended()
                 if records[place][-1].outcome is not Outcome.COMPLETED:
-                    await self._settle(place)
+                    await settle(self._clients[place], self._names[place])
 
         await _together(drive, len(turns), at_once=len(turns))
         return [record for of_session in records for record in of_session]
@@ -188,14 +188,14 @@ class _Load:
         client, name = self._clients[turn.session], self._names[turn.session]
         return await measure(client, name, turn, began, self._workload.timeout)
 
-    async def _settle(self, place: int) -> None:
-        """Wait until a turn that was not completed no longer holds its session, which would refuse the next.
-        What goes wrong here, the next turn will tell."""
-        with suppress(ApiaryError, TimeoutError):
-            async with asyncio.timeout(_SETTLE):
-                client, name = self._clients[place], self._names[place]
-                while (await client.get_session(name, timeout=_CALL)).state is State.BUSY:  # noqa: ASYNC110
-                    await asyncio.sleep(_LOOK)
+
+async def settle(client: aio.Client, session: str) -> None:
+    """Wait until a turn that was not completed no longer holds its session, which would refuse the next.
+    What goes wrong here, the next turn will tell."""
+    with suppress(ApiaryError, TimeoutError):
+        async with asyncio.timeout(_SETTLE):
+            while (await client.get_session(session, timeout=_CALL)).state is State.BUSY:  # noqa: ASYNC110
+                await asyncio.sleep(_LOOK)
 
 
 async def _together(do: Callable[[int], Awaitable[None]], count: int, *, at_once: int) -> None:

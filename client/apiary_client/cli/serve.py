@@ -95,7 +95,15 @@ def serve(
     ] = None,
     step_tokens: Annotated[str | None, _flag(_SCHEDULING, "N", "256", "Most tokens in a step.")] = None,
     max_running: Annotated[str | None, _flag(_SCHEDULING, "N", "64", "Most turns in flight.")] = None,
+    decode_slowdown: Annotated[
+        str | None,
+        _flag(_SCHEDULING, "X", "2", "Most times longer that prompts may make a step of running answers."),
+    ] = None,
     queue_limit: Annotated[str | None, _flag(_SCHEDULING, "N", "256", "Most turns that wait.")] = None,
+    tenant_weights: Annotated[
+        str | None,
+        _flag(_SCHEDULING, "A=W,B=W", "", "Shares of tenants, e.g. bees=2,wasps=0.5; 1 where not named."),
+    ] = None,
     max_prompt_tokens: Annotated[
         str | None, _flag(_SCHEDULING, "N", "131072", "The longest input of a turn.")
     ] = None,
