@@ -17,7 +17,8 @@ FROM python:${PYTHON}-slim AS build
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 WORKDIR /src
-# for the kernels of the CPU backend
+# for the kernels of the CPU backend; any version will do
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/apiary
 # torch in a layer of its own: it is large and seldom changes
