@@ -27,7 +27,6 @@ from buzz.quant import GROUP
 _SCORE_BYTES = 4
 _SCALE_BYTES = 4  # of an int8 weight's output channel
 _GRID_BYTES = 4  # minimum and step of a group of quantised channels, float16 both
-_DIGITS = 2  # of activations beside int8 weights: decision 9
 _FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 
@@ -131,9 +130,9 @@ def operations(model: Model, policy: Policy, load: Load) -> Iterator[Operation]:
     """The operations of one decoding step in which every row asks for logits.
 
     - Linear layers: the weights in the precision in which they are stored, with their scales and bias; rows
-      in and out. Beside int8 weights an activation has two digits of eight bits, each of which is multiplied.
+      in and out; each activation multiplied once, though int8 takes two products (decision 9).
     - Attention, of each layer: keys and values read, quantised ones with their minima and steps; new ones
-      written; queries and outputs; where scores are recorded, the softmax weights written.
+      written; queries and outputs.
     - Scores, of each layer: each state of each entry read and written.
     - Embedding: rows read and written. Sampling: logits read once.
     """
@@ -153,7 +152,7 @@ def _linear(model: Model, layer: Linear, rows: float) -> Operation:
     weights = size + layer.outputs * _SCALE_BYTES if model.int8 else size * item
     bias = layer.outputs * item if layer.bias else 0
     activations = rows * (layer.inputs + layer.outputs) * item
-    arithmetic = 2 * rows * size * (_DIGITS if model.int8 else 1)
+    arithmetic = 2 * rows * size
     return Operation(Part.LINEAR, weights + bias + activations, arithmetic, model.int8)
 
 
@@ -162,10 +161,9 @@ def _attention(model: Model, policy: Policy, load: Load) -> Operation:
     dense = shape.head_dim * shape.dtype.itemsize
     packed = shape.head_dim * (policy.kivi or 0) / 8 + shape.head_dim // GROUP * _GRID_BYTES
     cached = (load.entries - load.packed + load.rows) * dense + load.packed * packed
-    weights = load.entries * heads * _SCORE_BYTES if policy.states else 0
     ends = 2 * load.rows * heads * shape.head_dim * model.dtype.itemsize
     arithmetic = 4 * load.entries * heads * shape.head_dim
-    return Operation(Part.ATTENTION, 2 * shape.kv_heads * cached + weights + ends, arithmetic)
+    return Operation(Part.ATTENTION, 2 * shape.kv_heads * cached + ends, arithmetic)
 
 
 def _scores(model: Model, policy: Policy, load: Load) -> Operation:

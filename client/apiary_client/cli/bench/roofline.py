@@ -63,10 +63,9 @@ def roofline(
     counts: copies between tensors of 256 MiB, bytes read and written (as in STREAM), and square products of
     1024 to 3072 in float32, with int8 weights also in int8.
 
-    Operations: each linear layer (weights as they are stored, rows in and out; beside int8 weights an
-    activation has two digits of eight bits, each multiplied), each layer's attention (keys and values read,
-    new ones written, weights of scores written), the policy's states (read and written), the embedding, and
-    sampling (logits read). Norms, rotations and activations have no floor: they can be part of their
+    Operations: each linear layer (weights as they are stored, rows in and out), each layer's attention (keys
+    and values read, new ones written), the policy's states (read and written), the embedding, and sampling
+    (logits read). Norms, rotations and activations have no floor: they can be part of their
     neighbours.
 
     A step is one round of the engine's loop in which every session decodes one token. Its parts add up to its
