@@ -139,5 +139,5 @@ def _padded(count: int) -> int:
 
 def _longest(most: int) -> int:
     """Multiples of 256, and from 2,048 on of an eighth to a quarter of what is asked for."""
-    step = max(256, 1 << (most.bit_length() - 3))
+    step = 1 << max(8, most.bit_length() - 3)
     return -(-most // step) * step

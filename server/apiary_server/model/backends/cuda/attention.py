@@ -38,26 +38,27 @@ class ByIndex(Operations):
         cache, output = run.cache, torch.empty_like(queries)
         for memory, new in ((cache.keys, keys), (cache.values, values)):
             memory[self._slots, layer, :, run.entries] = new.to(memory.dtype)
+        states = [cache.state[state.name][:, layer, :, : run.most] for state in run.states]
+        records = [
+            Record(state, memory[self._slots]) for state, memory in zip(run.states, states, strict=True)
+        ]
         kv_heads, head_dim = keys.shape[1:]
         heads = torch.arange(kv_heads, device=keys.device)[:, None]
         most = max(1, _GATHERED // (kv_heads * head_dim * run.most))
         for start in range(0, len(queries), most):
             rows = slice(start, start + most)
-            slots = self._slots[rows]
-            index = slots[:, None, None], heads, self._places[rows, None]
-            states = [(state, cache.state[state.name][:, layer, :, : run.most]) for state in run.states]
-            records = [Record(state, memory[slots]) for state, memory in states]
+            index = self._slots[rows, None, None], heads, self._places[rows, None]
             output[rows] = attend_decode(
                 queries[rows],
                 cache.keys[:, layer][index],
                 cache.values[:, layer][index],
                 run.entries[rows] + 1,
                 scale,
-                records,
+                [Record(record.state, record.into[rows]) for record in records],
                 run.seen[rows],
                 run.log_n,
                 finite=True,
             )
-            for record, (_, memory) in zip(records, states, strict=True):
-                memory[slots] = record.into
+        for record, memory in zip(records, states, strict=True):
+            memory[self._slots] = record.into
         return output
