@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import weakref
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import embedding, silu
 from transformers import LlamaForCausalLM
 
+from apiary_server.engine.engine import Engine
+from apiary_server.model import loader
 from apiary_server.model.attention import NAME, Batch
 from apiary_server.model.backends import cuda
 from apiary_server.model.backends.cuda import Cuda
@@ -22,6 +25,7 @@ from apiary_server.model.runner import Piece, Runner
 from apiary_server.sessions.pool import Lease
 from buzz import Cache
 from tests import tiny
+from tests.server.driver import begin, create, request, run
 from tests.server.model.backends.cuda.fake_gpu import NoWaiting, fake_gpu
 from tests.server.model.backends.cuda.recorder import Recorder
 from tests.server.model.test_decoder import FAMILY, logits_of, model_of
@@ -242,6 +246,37 @@ def test_long_caches_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         pair.step({pair.open(POLICIES[8]): tokens_of(seed, 2 + seed)})
     for step in range(5):
         pair.step({i: tokens_of(10 * step + i, 1) for i in range(7)})
+
+
+def test_the_longest_session_says_how_far_a_step_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_longest", lambda most: -(-most // 8) * 8)
+    recorder = Recorder()
+    pair = Pair(llama(torch.device("cpu")), recorder)
+    for count in (2, 20, 38, 11, 29):
+        pair.step({pair.open(POLICIES[0]): tokens_of(count, count)})
+    for step in range(12):
+        pair.step({i: tokens_of(10 * step + i, 1) for i in (4, 0, 2)})  # slots that are no neighbours
+    assert [(graph.runs, graph.replays) for graph in recorder.graphs] == [(2, 1), (8, 7), (2, 1)]
+
+
+def test_turns_of_an_engine(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]) -> None:
+    """The loader takes the backend, and conversations that share steps go as they do elsewhere."""
+    recorder, answers = Recorder(), []
+    elsewhere = make_engine(start=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "choose", lambda kind, weights, model: Cuda(model, recorder))
+        here = make_engine(start=False)
+    loaded = len(recorder.graphs)
+    assert [(graph.runs, graph.replays) for graph in recorder.graphs] == [(3, 2)], "the loader's own check"
+    for engine in (elsewhere, here):
+        for id, policy in zip("abcd", POLICIES[3:7], strict=True):
+            create(engine, id, policy)
+        for turn in range(3):
+            some = [begin(engine, request(id * (5 + turn), id, max_tokens=20)) for id in "abcd"]
+            run(engine, *some)
+            answers.append([reader.token_ids for reader in some])
+    assert answers[:3] == answers[3:]
+    assert sum(graph.replays for graph in recorder.graphs[loaded:]) > 50
 
 
 def test_sizes() -> None:
