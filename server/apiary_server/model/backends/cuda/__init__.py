@@ -59,7 +59,7 @@ class Cuda:
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
         groups, rest = _split(batch)
-        # prepared before any is launched: copies from the host wait for what was
+        # all are prepared before one is launched: a copy from the host waits for what was
         parts = [self._decoding(kind, group, tokens, positions) for kind, group in groups.items()]
         if rest.decodes or rest.chunks:
             parts.append(self._as_it_comes(rest, tokens, positions))
