@@ -14,6 +14,7 @@ from apiary_server.model.catalog import resolve
 from apiary_server.model.loader import LoadedModel, load
 from apiary_server.model.runner import Runner
 from apiary_server.sessions.manager import SessionManager
+from apiary_server.sessions.parking import parking_of
 from apiary_server.sessions.pool import Pool, SlotLayout
 from apiary_server.sessions.residency import Residency
 from apiary_server.settings import Settings
@@ -129,7 +130,8 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
     layouts(None)  # the default policy must fit the budget, too
     model = _info(settings, loaded, policy)
     sessions = SessionManager(layouts, settings.session_ttl, settings.max_sessions)
-    residency = Residency(pool, settings.reserve_slots, settings.parked_budget)
+    parking = parking_of(device, settings.parked_budget)
+    residency = Residency(pool, settings.reserve_slots, settings.parked_budget, parking)
     scheduler = Scheduler(
         settings.step_tokens,
         settings.max_running,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from apiary_server.sessions.pool import Lease
 from buzz import Buffers, Record, State, attend_chunk, attend_decode
 
 
@@ -16,6 +17,7 @@ class DecodeRun:
 
     `cache` tensors are strided views with leading dimension B; `entries` and `seen`, int64 `[B]`, count each
     slot's entries and its session's tokens before this step; `most` is the largest count of entries after it.
+    `first` leases the first of the slots; None: the caches lie in memory of their own.
     """
 
     rows: slice
@@ -25,6 +27,7 @@ class DecodeRun:
     most: int
     states: tuple[State, ...]
     log_n: int | None
+    first: Lease | None = None
 
     def records(self, layer: int) -> list[Record]:
         """What attention in a layer records, and where."""

@@ -112,6 +112,10 @@ class Decoder:
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
         """As `Backend.forward`."""
+        return self.logits(self.hidden(tokens, positions, batch)[keep])
+
+    def hidden(self, tokens: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+        """What the layers make of tokens: `[T, hidden]`; `logits` wants some of them."""
         cos, sin = self._turns(positions)
         do, heads, kv = self.operations, self.query_heads, self.kv_heads
         rows, more = self.embed(tokens), None
@@ -129,8 +133,11 @@ class Decoder:
             more = layer.output(attended.flatten(1))
             gate_up = layer.gate_up(do.add_norm(layer.mlp_norm, rows, more))
             more = layer.down(do.gated(gate_up, self.activation))
-        rows, more = rows[keep], None if more is None else more[keep]
-        return self.head(do.add_norm(self.norm, rows, more))
+        return rows if more is None else rows.add_(more)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[R, hidden]` to `[R, vocab]`."""
+        return self.head(self.operations.add_norm(self.norm, hidden, None))
 
     def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[T, 1, head_dim / 2]`, as transformers computes them: in float32."""

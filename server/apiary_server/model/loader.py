@@ -201,12 +201,14 @@ def _rotary(path: Path, model: PreTrainedModel, config: PretrainedConfig) -> Rot
 
 
 def _check_forward(path: Path, loaded: LoadedModel, model: PreTrainedModel) -> None:
-    """Compare a few tokens over our cache, a chunk and one more, with the model's own attention. This
-    catches whatever in a model's attention no configuration field tells."""
+    """Compare a few tokens over our cache, a chunk and three more, with the model's own attention. This
+    catches whatever in a model's attention no configuration field tells; and the third is computed by what a
+    backend may have recorded at the second."""
     tokens = _sample(loaded)
     cache, place = _scratch(loaded, len(tokens))
     runner = Runner(loaded.backend)
-    runner.run([Piece(tokens[:-1], cache, place, logits=False)])
+    for cut in (slice(-3), slice(-3, -2), slice(-2, -1)):
+        runner.run([Piece(tokens[cut], cache, place, logits=False)])
     ours = runner.run([Piece(tokens[-1:], cache, place, logits=True)])[0].float()
     model.set_attn_implementation("eager")
     with torch.inference_mode():

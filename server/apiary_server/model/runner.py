@@ -68,22 +68,24 @@ class Runner:
                     ChunkRun(rows, cache.live, cache.n, cache.seen, cache.policy.states, cache.policy.log_n)
                 )
         decoding = [piece for piece in packed if piece.decodes]  # they are the first rows
+        entries = self._tensor([piece.cache.n for piece in decoding])
+        seen = self._tensor([piece.cache.seen for piece in decoding])
         row = 0
         for run in _runs(decoding):
-            first = run[0]
-            entries = [piece.cache.n for piece in run]
+            first, rows = run[0], slice(row, row + len(run))
             batch.decodes.append(
                 DecodeRun(
-                    slice(row, row + len(run)),
+                    rows,
                     self._neighbours(run),
-                    self._tensor(entries),
-                    self._tensor([piece.cache.seen for piece in run]),
-                    max(entries) + 1,
+                    entries[rows],
+                    seen[rows],
+                    max(piece.cache.n for piece in run) + 1,
                     first.cache.policy.states,
                     first.cache.policy.log_n,
+                    first.place,
                 )
             )
-            row += len(run)
+            row = rows.stop
         return batch
 
     def _neighbours(self, run: Sequence[Piece]) -> Buffers:

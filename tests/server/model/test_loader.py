@@ -231,6 +231,8 @@ def test_a_backend_is_taken_by_name(tmp_path: Path) -> None:
     assert not load(path, cpu, wide, wide, weights="int8").exact
     with pytest.raises(UnservableModel, match="backend reference keeps weights as they are, and not as int8"):
         load(path, cpu, wide, wide, backend="reference", weights="int8")
+    with pytest.raises(UnservableModel, match="computes on a GPU, and not on cpu"):
+        load(path, cpu, wide, wide, backend="cuda")
     with pytest.raises(UnservableModel, match="computes in float32"):
         load(path, cpu, torch.bfloat16, torch.bfloat16, backend="cpu")
 

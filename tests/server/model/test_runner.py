@@ -53,7 +53,7 @@ class Worker:
         self.geometry = Geometry(2, 2, model.config.head_dim, dtype)
         self.rotary = Rotary(model.model.rotary_emb.inv_freq.detach().clone(), 1024)
         default = SlotLayout(self.geometry, CAPACITY, states=1)
-        self.pool = Pool(self.geometry, 8 * 2**20, default, 3, 2 * CAPACITY, torch.device("cpu"))
+        self.pool = Pool(self.geometry, 8 * 2**20, default, 3, 2 * CAPACITY, model.device)
         self.pool._arena.fill_(0xFF)  # NaN in every dtype
         self.runner = Runner(Reference(model))
 
