@@ -18,6 +18,7 @@ from apiary_server.sessions.parking import parking_of
 from apiary_server.sessions.pool import Pool, SlotLayout
 from apiary_server.sessions.residency import Residency
 from apiary_server.settings import Settings
+from apiary_server.threads import apart
 from buzz import Policy, PolicyError, parse
 from buzz.quant import GROUP
 
@@ -102,7 +103,7 @@ def load_model(settings: Settings) -> LoadedModel:
     device = _device(settings.device)
     dtype, cache_dtype = getattr(torch, settings.dtype), getattr(torch, settings.cache_dtype)
     path = resolve(settings.model)
-    return load(path, device, dtype, cache_dtype, settings.backend, settings.weights)
+    return apart(lambda: load(path, device, dtype, cache_dtype, settings.backend, settings.weights))
 
 
 def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None = None) -> Engine:
@@ -116,13 +117,15 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
     layouts = Layouts(loaded, settings)
     policy, layout = layouts(None)
     try:
-        pool = Pool(
-            loaded.geometry,
-            settings.cache_budget,
-            layout,
-            settings.workspaces,
-            layouts.workspace_entries,
-            device,
+        pool = apart(
+            lambda: Pool(
+                loaded.geometry,
+                settings.cache_budget,
+                layout,
+                settings.workspaces,
+                layouts.workspace_entries,
+                device,
+            )
         )
     except RuntimeError as error:  # torch's way to say that there is not as much memory
         raise ValueError(f"{device} has no {settings.cache_budget:,} bytes for the cache budget") from error

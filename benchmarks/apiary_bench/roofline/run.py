@@ -20,6 +20,7 @@ from apiary_bench.roofline.ceilings import Ceilings
 from apiary_bench.roofline.floor import Load, Model, floors, operations
 from apiary_bench.roofline.part import Part
 from apiary_server.model.catalog import resolve
+from apiary_server.threads import apart
 
 _MARGIN = 16  # steps before the measured ones, to warm up
 
@@ -121,7 +122,7 @@ def _int8(bench: Workbench) -> bool:
 
 
 def _ceilings(bench: Workbench) -> Ceilings:
-    return Ceilings.measure(bench.loaded.backend.dtype, int8=_int8(bench))
+    return apart(lambda: Ceilings.measure(bench.loaded.backend.dtype, int8=_int8(bench)))
 
 
 async def _decode(bare: Bare, plan: Plan, sessions: int, count: int, ended: Callable[[], None]) -> None:
