@@ -65,6 +65,8 @@ class Operations:
         Returns:
             `[T, query_heads, head_dim]`, contiguous.
         """
+        if len(batch.decodes) == 1 and not batch.chunks:
+            return self.decode(layer, queries, keys, values, scale, batch.decodes[0])
         output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
         for run in batch.decodes:
             rows = run.rows

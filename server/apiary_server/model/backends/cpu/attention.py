@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apiary_server.model.attention import ChunkRun, DecodeRun, chunk, decode
 from apiary_server.model.backends.cpu.library import library
-from buzz import MAX_STATES, Record
+from buzz import MAX_STATES
 
 _CACHES = (torch.float32, torch.bfloat16)
 
@@ -18,6 +18,7 @@ _CACHES = (torch.float32, torch.bfloat16)
 class _State(ctypes.Structure):
     _fields_ = (
         ("into", c_void_p),
+        ("layer", c_int64),
         ("row", c_int64),
         ("head", c_int64),
         ("votes", c_int64),
@@ -29,7 +30,7 @@ class _Decode(ctypes.Structure):
     """As in `decode.c`."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("rows", "kv_heads", "group", "dim", "bfloat16", "states")),
+        *((name, c_int64) for name in ("layer", "rows", "kv_heads", "group", "dim", "bfloat16", "states")),
         ("queries", c_void_p),
         ("query_row", c_int64),
         ("new_keys", c_void_p),
@@ -38,6 +39,7 @@ class _Decode(ctypes.Structure):
         ("new_value_row", c_int64),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("cache_layer", c_int64),
         ("cache_row", c_int64),
         ("cache_head", c_int64),
         ("lengths", c_void_p),
@@ -56,7 +58,7 @@ class _Chunk(ctypes.Structure):
     _fields_ = (
         *(
             (name, c_int64)
-            for name in ("tokens", "entries", "kv_heads", "group", "dim", "bfloat16", "states")
+            for name in ("layer", "tokens", "entries", "kv_heads", "group", "dim", "bfloat16", "states")
         ),
         ("queries", c_void_p),
         ("query_row", c_int64),
@@ -81,6 +83,9 @@ class Decode:
     def __init__(self) -> None:
         self._attend = library("decode").apiary_attend_decode
         self._attend.argtypes, self._attend.restype = [POINTER(_Decode)], c_int
+        self._run: DecodeRun | None = None  # whose layers are computed now
+        self._task: _Decode | None = None
+        self._lengths = torch.empty(0)
 
     def __call__(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
@@ -90,46 +95,55 @@ class Decode:
         Raises:
             MemoryError: there is none for one head's weights.
         """
-        if not _fit(queries, keys, values, run):
+        if run is not self._run:
+            self._run, self._lengths = run, run.entries + 1
+            self._task = self._prepared(queries, keys, values, scale, run)
+        task = self._task
+        if task is None:
             return decode(layer, queries, keys, values, scale, run)
-        packed = run.cache.packed is not None and run.cache.packed.most > 0
-        if packed:
-            cache_keys, cache_values = run.cache.extend_each(layer, run.entries, run.most, keys, values)
-        else:
-            cache_keys, cache_values = run.cache.keys[:, layer], run.cache.values[:, layer]
-        lengths = run.entries + 1
-        batch, query_heads, dim = queries.shape
-        kv_heads = keys.shape[1]
         output = torch.empty(queries.shape)
-        records = run.records(layer)
-        task = _Decode(
-            rows=batch,
-            kv_heads=kv_heads,
-            group=query_heads // kv_heads,
-            dim=dim,
-            bfloat16=cache_keys.dtype == torch.bfloat16,
-            states=len(records),
-            queries=queries.data_ptr(),
-            query_row=queries.stride(0),
-            new_keys=None if packed else keys.data_ptr(),
-            new_values=None if packed else values.data_ptr(),
-            new_key_row=keys.stride(0),
-            new_value_row=values.stride(0),
-            keys=cache_keys.data_ptr(),
-            values=cache_values.data_ptr(),
-            cache_row=cache_keys.stride(0),
-            cache_head=cache_keys.stride(1),
-            lengths=lengths.data_ptr(),
-            seen=run.seen.data_ptr(),
-            output=output.data_ptr(),
-            longest=run.most,
-            scale=scale,
-            log_n=run.log_n or 0,
-            state=(_State * MAX_STATES)(*map(_state, records)),
-        )
+        task.layer = layer
+        task.queries = queries.data_ptr()
+        task.output = output.data_ptr()
+        if run.cache.packed is not None and run.cache.packed.most > 0:
+            keys, values = run.cache.extend_each(layer, run.entries, run.most, keys, values)
+            task.keys, task.values = keys.data_ptr(), values.data_ptr()
+            task.cache_layer, task.cache_row, task.cache_head = 0, keys.stride(0), keys.stride(1)
+        else:
+            task.new_keys, task.new_values = keys.data_ptr(), values.data_ptr()
         if self._attend(byref(task)):
             raise MemoryError(f"no memory for the weights of {run.most} entries")
         return output
+
+    def _prepared(
+        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
+    ) -> _Decode | None:
+        """What is the same in all layers; None: the kernel does not read such tensors."""
+        if not _fit(queries, keys, values, run):
+            return None
+        cache = run.cache
+        return _Decode(
+            rows=len(queries),
+            kv_heads=keys.shape[1],
+            group=queries.shape[1] // keys.shape[1],
+            dim=queries.shape[2],
+            bfloat16=cache.keys.dtype == torch.bfloat16,
+            states=len(run.states),
+            query_row=queries.stride(0),
+            new_key_row=keys.stride(0),
+            new_value_row=values.stride(0),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            cache_layer=cache.keys.stride(1),
+            cache_row=cache.keys.stride(0),
+            cache_head=cache.keys.stride(2),
+            lengths=self._lengths.data_ptr(),
+            seen=run.seen.data_ptr(),
+            longest=run.most,
+            scale=scale,
+            log_n=run.log_n or 0,
+            state=_states(run),
+        )
 
 
 class Chunk:
@@ -158,15 +172,15 @@ class Chunk:
         tokens, query_heads, dim = queries.shape
         kv_heads = keys.shape[1]
         output = torch.empty(queries.shape)
-        records = run.records(layer)
         task = _Chunk(
+            layer=layer,
             tokens=tokens,
             entries=run.total,
             kv_heads=kv_heads,
             group=query_heads // kv_heads,
             dim=dim,
             bfloat16=cache_keys.dtype == torch.bfloat16,
-            states=len(records),
+            states=len(run.states),
             queries=queries.data_ptr(),
             query_row=queries.stride(0),
             keys=cache_keys.data_ptr(),
@@ -176,18 +190,23 @@ class Chunk:
             seen=run.seen,
             scale=scale,
             log_n=run.log_n or 0,
-            state=(_State * MAX_STATES)(*map(_state, records)),
+            state=_states(run),
         )
         if self._attend(byref(task)):
             raise MemoryError(f"no memory for the weights of {run.total} entries")
         return output
 
 
-def _state(record: Record) -> _State:
-    into = record.into
-    row = into.stride(0) if into.dim() == 3 else 0  # one session has no rows
-    votes = record.state.kind == "vote"
-    return _State(into.data_ptr(), row, into.stride(-2), votes, record.state.decay)
+def _states(run: DecodeRun | ChunkRun) -> ctypes.Array[_State]:
+    """What a run records: states are `[layers, kv_heads, entries]`, of several sessions with rows before."""
+    states = (_State * MAX_STATES)()
+    for state, into in zip(run.states, states, strict=False):
+        tensor = run.cache.state[state.name]
+        into.into = tensor.data_ptr()
+        into.layer, into.head = tensor.stride(-3), tensor.stride(-2)
+        into.row = tensor.stride(0) if tensor.dim() == 4 else 0
+        into.votes, into.decay = state.kind == "vote", state.decay
+    return states
 
 
 def _fit(queries: Tensor, keys: Tensor, values: Tensor, run: DecodeRun | ChunkRun) -> bool:

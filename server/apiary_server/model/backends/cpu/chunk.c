@@ -14,7 +14,7 @@ typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4)));
 
 /* Strides count elements. The last dimension of all tensors is contiguous. */
 typedef struct {
-    int64_t tokens, entries, kv_heads, group, dim, bfloat16, states; /* entries: the tokens' included */
+    int64_t layer, tokens, entries, kv_heads, group, dim, bfloat16, states; /* entries: the tokens' included */
     const float *queries; /* [tokens, kv_heads * group, dim] */
     int64_t query_row;
     const void *keys, *values; /* [kv_heads, entries, dim] */
@@ -172,11 +172,11 @@ FOR_EACH_PROCESSOR static void add_up(const Chunk *task, int64_t head, int64_t s
         const float *restrict from = recorded + s * task->entries;
         int64_t tokens = smaller(tile_tokens, task->tokens - first), view = sees(task, first + tokens - 1);
         if (state->votes) {
-            int32_t *restrict last = (int32_t *)state->into + head * state->head;
+            int32_t *restrict last = (int32_t *)state->into + task->layer * state->layer + head * state->head;
             for (int64_t j = 0; j < view; j++)
                 last[j] = from[j] > 0 ? (int32_t)(task->seen + first - 1) + (int32_t)from[j] : last[j];
         } else {
-            float *restrict mass = (float *)state->into + head * state->head;
+            float *restrict mass = (float *)state->into + task->layer * state->layer + head * state->head;
             float decay = powf(state->decay, (float)tokens);
             for (int64_t j = 0; j < view; j++) mass[j] = mass[j] * decay + from[j];
         }

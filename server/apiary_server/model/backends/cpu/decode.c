@@ -13,13 +13,13 @@ enum { GROUP = 4, WIDTH = 64 };
 
 /* Strides count elements. The last dimension of all tensors is contiguous. */
 typedef struct {
-    int64_t rows, kv_heads, group, dim, bfloat16, states;
+    int64_t layer, rows, kv_heads, group, dim, bfloat16, states;
     const float *queries; /* [rows, kv_heads * group, dim] */
     int64_t query_row;
     const float *new_keys, *new_values; /* [rows, kv_heads, dim]: to be written as the last entries, or NULL */
     int64_t new_key_row, new_value_row;
-    void *keys, *values; /* [rows, kv_heads, entries, dim] */
-    int64_t cache_row, cache_head;
+    void *keys, *values; /* [layers, rows, kv_heads, entries, dim], in any order of the first three */
+    int64_t cache_layer, cache_row, cache_head;
     const int64_t *lengths; /* [rows] */
     const int64_t *seen;    /* [rows] */
     float *output;          /* [rows, kv_heads * group, dim], contiguous */
@@ -65,9 +65,9 @@ INLINE void combine(int group, int width, int dim, int bfloat16, const float *re
         for (int d = 0; d < width; d++) output[g * dim + d] = sums[g * width + d];
 }
 
-INLINE void record(const State *state, int64_t row, int64_t head, int64_t group, int64_t entries, int64_t seen,
+INLINE void record(const State *state, int64_t layer, int64_t row, int64_t head, int64_t group, int64_t entries, int64_t seen,
                    const float *restrict weights) {
-    int64_t at = row * state->row + head * state->head;
+    int64_t at = layer * state->layer + row * state->row + head * state->head;
     if (state->votes) {
         int32_t *restrict last = (int32_t *)state->into + at;
         for (int64_t j = 0; j < entries; j++) {
@@ -89,7 +89,7 @@ INLINE void record(const State *state, int64_t row, int64_t head, int64_t group,
 INLINE void head(int group, int dim, int bfloat16, const Decode *task, int64_t row, int64_t head,
                  float *restrict weights) {
     int64_t entries = task->lengths[row], size = bfloat16 ? 2 : 4;
-    int64_t cache = (row * task->cache_row + head * task->cache_head) * size;
+    int64_t cache = (task->layer * task->cache_layer + row * task->cache_row + head * task->cache_head) * size;
     const float *queries = task->queries + row * task->query_row + head * task->group * dim;
     char *keys = (char *)task->keys + cache, *values = (char *)task->values + cache;
     float *output = task->output + (row * task->kv_heads + head) * task->group * dim;
@@ -106,7 +106,7 @@ INLINE void head(int group, int dim, int bfloat16, const Decode *task, int64_t r
     for (; g < task->group; g++) dot(1, dim, bfloat16, queries + g * dim, keys, entries, weights + g * entries);
     for (g = 0; g < task->group; g++) softmax(weights + g * entries, entries, scale);
     for (int64_t s = 0; s < task->states; s++)
-        record(&task->state[s], row, head, task->group, entries, task->seen[row], weights);
+        record(&task->state[s], task->layer, row, head, task->group, entries, task->seen[row], weights);
     int d = 0;
     for (; d < dim; d += WIDTH) {
         int width = dim - d < WIDTH ? dim - d : WIDTH;
