@@ -15,10 +15,11 @@ from transformers import LlamaForCausalLM
 
 from apiary_server.engine.engine import Engine
 from apiary_server.model import loader
-from apiary_server.model.attention import NAME, Batch
+from apiary_server.model.attention import Batch
 from apiary_server.model.backends import cuda
 from apiary_server.model.backends.cuda import Cuda
 from apiary_server.model.backends.cuda.graphs import Capture, Compute
+from apiary_server.model.backends.reference import NAME
 from apiary_server.model.decoder import Decoder, ForeignStructure, Layer
 from apiary_server.model.operations import Norm, Operations
 from apiary_server.model.runner import Piece, Runner
