@@ -27,19 +27,26 @@ class _Linear(ctypes.Structure):
     )
 
 
+def supported() -> bool:
+    """Whether the kernel was built, and this processor has its instructions."""
+    try:
+        return bool(library("int8").apiary_int8_supported())
+    except OSError:
+        return False
+
+
 class Vnni:
-    """As `linear.Int8`, in instructions that multiply and add bytes (AVX-512 VNNI): twice as fast.
+    """As `linear.Int8`, in instructions that multiply and add bytes (AVX-512 VNNI): twice as fast. Where they
+    are `supported`.
 
     Raises:
-        OSError: this processor has no such instructions, or the kernel was not built.
+        OSError: the kernel was not built.
         ValueError: more inputs than its sums can hold.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._linear = library("int8").apiary_int8_linear
         self._linear.argtypes, self._linear.restype = [POINTER(_Linear)], c_int
-        if not library("int8").apiary_int8_supported():
-            raise OSError("this processor has no AVX-512 VNNI")
         self._outputs, self._inputs = weight.shape
         if self._inputs > _INPUTS:
             raise ValueError(f"{self._inputs} inputs are more than {_INPUTS}")

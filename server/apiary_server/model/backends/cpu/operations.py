@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import structlog
-import torch
 from torch import Tensor
 from torch.nn import SiLU
 from transformers.activations import SiLUActivation
@@ -14,7 +13,7 @@ from transformers.activations import SiLUActivation
 from apiary_server.model.attention import ChunkRun, DecodeRun
 from apiary_server.model.backends.cpu.attention import Chunk, Decode
 from apiary_server.model.backends.cpu.elementwise import Elementwise
-from apiary_server.model.backends.cpu.int8 import Vnni
+from apiary_server.model.backends.cpu.int8 import Vnni, supported
 from apiary_server.model.backends.cpu.linear import Int8, Packed
 from apiary_server.model.operations import Linear, Norm, Operations
 
@@ -83,9 +82,7 @@ def fastest(weights: Literal["fp32", "int8"]) -> Operations:
 
 
 def _int8() -> Callable[[Tensor, Tensor | None], Linear]:
-    try:
-        Vnni(torch.zeros(1, 1), None)
-    except OSError as error:
-        _log.warning("int8 weights run without their kernel, at half the speed", reason=str(error))
-        return Int8
-    return Vnni
+    if supported():
+        return Vnni
+    _log.warning("int8 weights run without their kernel, at half the speed: it needs AVX-512 VNNI")
+    return Int8

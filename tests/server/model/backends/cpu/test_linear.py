@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from apiary_server.model.backends.cpu.int8 import Vnni
+from apiary_server.model.backends.cpu.int8 import Vnni, supported
 from apiary_server.model.backends.cpu.linear import Int8, Packed
 from apiary_server.model.decoder import Linear
 
 SHAPES = [(96, 40), (576, 1536), (101, 37)]
-INT8 = [Int8, Vnni]
+needs_vnni = pytest.mark.skipif(not supported(), reason="this processor has no AVX-512 VNNI")
+INT8 = [Int8, pytest.param(Vnni, marks=needs_vnni)]
 
 
 def layer(shape: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -29,7 +30,9 @@ def rows_like(shape: tuple[int, int], count: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [1, 2, 16, 300])
-@pytest.mark.parametrize(("make", "error"), [(Packed, 1e-5), (Int8, 1e-2), (Vnni, 1e-2)])
+@pytest.mark.parametrize(
+    ("make", "error"), [(Packed, 1e-5), (Int8, 1e-2), pytest.param(Vnni, 1e-2, marks=needs_vnni)]
+)
 def test_a_product_is_that_of_the_weights(
     make: Callable[[Tensor, Tensor | None], Linear], error: float, shape: tuple[int, int], count: int
 ) -> None:
@@ -73,6 +76,7 @@ def test_rows_of_zeros_stay_zero(make: type[Int8 | Vnni]) -> None:
     assert not make(torch.zeros(96, 40), None)(torch.ones(3, 40)).any()
 
 
+@needs_vnni
 def test_the_largest_sums_fit() -> None:
     row = torch.full((1, 2**16), 1.0)
     assert Vnni(torch.full((1, 2**16), -1.0), None)(row).item() == pytest.approx(-(2.0**16), rel=1e-6)
@@ -80,6 +84,7 @@ def test_the_largest_sums_fit() -> None:
         Vnni(torch.zeros(1, 2**16 + 1), None)
 
 
+@needs_vnni
 def test_rows_may_lie_apart() -> None:
     weight, bias = layer(SHAPES[0])
     rows = torch.randn(5, 80)
