@@ -64,7 +64,10 @@ class GenerationService(GenerationServiceServicer):
             # here: refusals must not queue for a thread behind those who tokenise
             place = self._engine.reserve(who.tenant)
             # shielded: the place must be given back even if the caller leaves before a thread is free
-            await asyncio.shield(asyncio.to_thread(self._open, request, who, stream, place))
+            opening = asyncio.ensure_future(asyncio.to_thread(self._open, request, who, stream, place))
+            # asyncio would log an error that nobody is left to hear
+            opening.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.shield(opening)
             # Not earlier: a client retries a refused call by itself only if no headers came before.
             await context.send_initial_metadata(())
             async for delta in stream:
