@@ -17,6 +17,9 @@ FROM python:${PYTHON}-slim AS build
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 WORKDIR /src
+# for the kernels of the CPU backend; any version will do
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/apiary
 # torch in a layer of its own: it is large and seldom changes
 ARG VARIANT=cpu
@@ -28,7 +31,7 @@ RUN case "$VARIANT" in \
     esac \
     && /opt/apiary/bin/python -c 'import tomllib; extra = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["server"]; print(*(need for need in extra if need.startswith("torch")))' > /tmp/torch.txt \
     && /opt/apiary/bin/python -m pip install --requirement /tmp/torch.txt
-COPY README.md LICENSE ./
+COPY README.md LICENSE hatch_build.py ./
 COPY buzz buzz
 COPY proto proto
 COPY server server

@@ -20,7 +20,7 @@ help: ## Show this list
 .PHONY: setup
 setup: $(stamp) ## Create .venv with everything in it; .venv/bin/apiary works afterwards
 
-$(stamp): pyproject.toml scripts/setup.sh
+$(stamp): pyproject.toml hatch_build.py scripts/setup.sh $(wildcard server/apiary_server/model/backends/cpu/*.[ch])
 	@scripts/setup.sh
 	@touch $@
 
@@ -37,8 +37,8 @@ serve: model ## Start a worker on 127.0.0.1:50051; flags in ARGS
 	@exec $(bin)/apiary serve --model $(MODEL) $(ARGS)
 
 .PHONY: bench
-bench: model ## Measure the bare engine's tokens per second; flags in ARGS (--help lists them)
-	@$(bin)/python benchmarks/engine.py --model $(MODEL) $(ARGS)
+bench: model ## Measure the bare engine: tokens per second; flags, or another experiment, in ARGS (--help lists them)
+	@$(bin)/apiary bench engine $(ARGS) --model $(MODEL)
 
 .PHONY: bench-policies
 bench-policies: model ## Measure what each cache policy costs of a decode step; flags in ARGS

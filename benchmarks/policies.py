@@ -57,7 +57,7 @@ class Sessions:
         self.forwards: list[float] = []
         self.settles: list[float] = []
         self.entries: list[int] = []
-        self._runner = Runner(loaded.model)
+        self._runner = Runner(loaded.backend)
         layout = SlotLayout.of(loaded.geometry, policy, slack=64)
         slots = SlotClass(layout, torch.zeros(count * layout.bytes, dtype=torch.uint8))
         self._places = [Lease(slots, i, lambda _: None) for i in range(count)]

@@ -95,12 +95,15 @@ def attend_decode(
     records: Sequence[Record] = (),
     seen: Tensor | None = None,
     log_n: int | None = None,
+    *,
+    finite: bool = False,
 ) -> Tensor:
     """Attention of one new token in each of B sessions to that session's cache, itself included.
 
     Keys and values are read where they lie, at any stride: a batch over slots of a pool is not copied.
     Where nothing is recorded, torch's fused kernel does it.
     Memory beyond a row's length may hold anything, NaN included; what is recorded there means nothing.
+    To see whether it does, the host waits for the output, unless the caller knows.
 
     Args:
         query: floating `[B, query_heads, head_dim]`.
@@ -112,6 +115,7 @@ def attend_decode(
         records: what to record of the entries.
         seen: int64 `[B]`, tokens of each session before this one; required for votes.
         log_n: multiply a row's logits by `max(1, log(length) / log(log_n))`.
+        finite: no key or value beyond a row's length is infinite or NaN.
 
     Returns:
         `[B, query_heads, head_dim]` in the queries' dtype.
@@ -134,7 +138,8 @@ def attend_decode(
     else:
         mask = torch.zeros_like(beyond, dtype=compute).masked_fill_(beyond, float("-inf"))
         output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=1.0)
-    _forget_garbage(output, grouped, keys, values, lengths)
+    if not finite:
+        _forget_garbage(output, grouped, keys, values, lengths)
     return output.reshape(batch, query_heads, head_dim).to(query.dtype)
 
 
@@ -142,10 +147,20 @@ def _weighed(
     queries: Tensor, keys: Tensor, values: Tensor, beyond: Tensor, wide: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Attention of `queries` `[B, kv_heads, group, head_dim]`, and its weights `[B, kv_heads, group, n]`."""
-    # Strides of batch and heads cannot be merged, so one is looped over (the shorter) and comes first.
-    swap = keys.shape[1] < keys.shape[0]
-    if swap:
-        queries, keys, values, beyond = (t.transpose(0, 1) for t in (queries, keys, values, beyond))
+    parts = (queries, keys, values, beyond.expand(-1, keys.shape[1], -1, -1))
+    if keys.is_contiguous() and values.is_contiguous():  # batch and heads are one dimension: one product
+        output, weights = _looped(*(part.flatten(0, 1)[None] for part in parts), wide=wide)
+        return output.view(queries.shape), weights.view(*queries.shape[:3], -1)
+    if keys.shape[1] < keys.shape[0]:
+        output, weights = _looped(*(part.transpose(0, 1) for part in parts), wide=wide)
+        return output.transpose(0, 1), weights.transpose(0, 1)
+    return _looped(*parts, wide=wide)
+
+
+def _looped(
+    queries: Tensor, keys: Tensor, values: Tensor, beyond: Tensor, *, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same with a product for each of the first dimension; any strides."""
     weights = torch.empty(*queries.shape[:3], keys.shape[2], dtype=queries.dtype, device=queries.device)
     for q, k, out in zip(queries, keys, weights, strict=True):
         torch.bmm(q, k.to(q.dtype).transpose(1, 2), out=out)
@@ -153,7 +168,7 @@ def _weighed(
     output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     for w, v, out in zip(weights.to(queries.dtype), values, output, strict=True):
         torch.bmm(w, v.to(w.dtype), out=out)
-    return (output.transpose(0, 1), weights.transpose(0, 1)) if swap else (output, weights)
+    return output, weights
 
 
 def _add_mass(into: Tensor, weights: Tensor, decay: float) -> None:

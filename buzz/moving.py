@@ -105,4 +105,8 @@ class Move:
 
 def _select(entries: Tensor, index: Tensor) -> Tensor:
     """Of `[H, n, head_dim]` the entries `index` `[H, m]`; head by head, since that is twice as fast."""
-    return torch.stack([head.index_select(0, kept) for head, kept in zip(entries, index, strict=True)])
+    heads, head_dim = len(entries), entries.shape[-1]
+    selected = torch.empty(heads, index.shape[-1], head_dim, dtype=entries.dtype, device=entries.device)
+    for head, kept, into in zip(entries, index, selected, strict=True):
+        torch.index_select(head, 0, kept, out=into)
+    return selected

@@ -16,7 +16,7 @@ def top(score: Tensor, count: int, preferred: Tensor | None = None) -> Tensor:
     if preferred is not None:
         marked = preferred.gather(-1, ranked).int()
         ranked = ranked.gather(-1, marked.argsort(dim=-1, descending=True, stable=True))
-    return ranked[..., :count].sort(dim=-1).values
+    return _places(_marked(score, ranked[..., :count]), count)
 
 
 def honeycomb(score: Tensor, hot: int, cells: int) -> Tensor:
@@ -33,11 +33,25 @@ def honeycomb(score: Tensor, hot: int, cells: int) -> Tensor:
         int64 `[..., hot + cells]`, ascending.
     """
     ranked = score.argsort(dim=-1, descending=True, stable=True)
-    others = ranked[..., hot:].sort(dim=-1).values
-    count = others.shape[-1]
+    count = score.shape[-1] - hot
+    kept = _marked(score, ranked[..., :hot])
+    others = _places(~kept, count)
     edges = torch.arange(cells + 1, device=score.device) * count // max(cells, 1)
     place = edges[:-1, None] + torch.arange(-(-count // max(cells, 1)), device=score.device)
     outside = place >= edges[1:, None]
     in_cells = score.gather(-1, others)[..., place.clamp(max=count - 1)].masked_fill(outside, float("-inf"))
     best = edges[:-1] + in_cells.argmax(dim=-1)
-    return torch.cat([ranked[..., :hot], others.gather(-1, best)], dim=-1).sort(dim=-1).values
+    return _places(kept.scatter_(-1, others.gather(-1, best), True), hot + cells)
+
+
+def _marked(score: Tensor, places: Tensor) -> Tensor:
+    """Which of `[..., n]` are among `places`."""
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, places, True)
+
+
+def _places(marked: Tensor, count: int) -> Tensor:
+    """The places of what is marked, ascending, int64 `[..., count]`: so many are in each row. Cheaper than
+    sorting them."""
+    rank = torch.where(marked, marked.cumsum(dim=-1) - 1, count)
+    places = torch.arange(marked.shape[-1], device=marked.device).expand_as(rank)
+    return rank.new_empty(*rank.shape[:-1], count + 1).scatter_(-1, rank, places)[..., :count]

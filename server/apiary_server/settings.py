@@ -11,10 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, FilePath, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+from apiary_server.engine.request import Tenant
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -30,6 +33,19 @@ def parse_bytes(value: object) -> object:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def parse_weights(value: object) -> object:
+    """Turn `bees=2,wasps=0.5` into weights by tenant."""
+    if not isinstance(value, str):
+        return value
+    weights: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        tenant, equals, weight = part.partition("=")
+        if not equals or tenant in weights:
+            raise ValueError(f"{part!r} is no weight, or a second one; write for example bees=2,wasps=0.5")
+        weights[tenant] = weight
+    return weights
+
+
 def _loopback(host: str) -> bool:
     """Whether only this machine can reach it. Other names than localhost may resolve to anything."""
     try:
@@ -39,6 +55,8 @@ def _loopback(host: str) -> bool:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+Weight = Annotated[float, Field(ge=0.001, le=1000)]
+Weights = Annotated[dict[Tenant, Weight], NoDecode, BeforeValidator(parse_weights)]
 
 
 class Settings(BaseSettings):
@@ -50,6 +68,7 @@ class Settings(BaseSettings):
     listen: str = "127.0.0.1:50051"
     model: str = "smollm2-135m"
     weights: Literal["fp32", "int8"] = "fp32"
+    backend: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -68,7 +87,11 @@ class Settings(BaseSettings):
     # scheduling
     step_tokens: int = Field(256, ge=1, le=65_536, description="most tokens in a step")
     max_running: int = Field(64, ge=1, le=4096, description="most turns in flight")
+    decode_slowdown: float = Field(
+        2.0, ge=1, le=1000, description="most times longer than its decode tokens alone that a step may take"
+    )
     queue_limit: int = Field(256, ge=1)
+    tenant_weights: Weights = Field({}, description="shares of tenants; 1 where not named")
     max_prompt_tokens: int = Field(131_072, ge=1)
     default_max_tokens: int = Field(512, ge=1)
     max_tokens: int = Field(32_768, ge=1)
@@ -111,7 +134,6 @@ class Settings(BaseSettings):
             ("state_dir", None),
             ("snapshot_key_file", None),
             ("durability", "off"),
-            ("weights", "fp32"),
         ):
             if getattr(self, name) != off:
                 raise ValueError(f"{name} is not implemented yet: leave it at {off or 'unset'}")

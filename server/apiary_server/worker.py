@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from apiary_server.engine.door import Door
-from apiary_server.engine.engine import Engine, Limits
+from apiary_server.engine.engine import Engine
 from apiary_server.engine.loop import Loop
 from apiary_server.engine.result import ModelInfo, Observer
 from apiary_server.engine.scheduler import Scheduler
@@ -14,9 +14,11 @@ from apiary_server.model.catalog import resolve
 from apiary_server.model.loader import LoadedModel, load
 from apiary_server.model.runner import Runner
 from apiary_server.sessions.manager import SessionManager
+from apiary_server.sessions.parking import parking_of
 from apiary_server.sessions.pool import Pool, SlotLayout
 from apiary_server.sessions.residency import Residency
 from apiary_server.settings import Settings
+from apiary_server.threads import apart
 from buzz import Policy, PolicyError, parse
 from buzz.quant import GROUP
 
@@ -86,21 +88,44 @@ def build(settings: Settings, observer: Observer | None = None) -> Engine:
         InvalidField: the default policy is malformed or does not fit.
         ValueError: torch has no such device, or the cache budget is too small, or more than there is.
     """
+    return assemble(settings, load_model(settings), observer)
+
+
+def load_model(settings: Settings) -> LoadedModel:
+    """Load the model that the settings name.
+
+    Raises:
+        ModelUnavailable, UnservableModel: there is no such model, or it cannot be served.
+        ValueError: torch has no such device.
+    """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
     dtype, cache_dtype = getattr(torch, settings.dtype), getattr(torch, settings.cache_dtype)
-    loaded = load(resolve(settings.model), device, dtype, cache_dtype)
+    path = resolve(settings.model)
+    return apart(lambda: load(path, device, dtype, cache_dtype, settings.backend, settings.weights))
+
+
+def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None = None) -> Engine:
+    """`build` over a model that `load_model` loaded; engines may share it, one after the other.
+
+    Raises:
+        InvalidField: the default policy is malformed or does not fit.
+        ValueError: the cache budget is too small, or more than there is.
+    """
+    device = loaded.backend.device
     layouts = Layouts(loaded, settings)
     policy, layout = layouts(None)
     try:
-        pool = Pool(
-            loaded.geometry,
-            settings.cache_budget,
-            layout,
-            settings.workspaces,
-            layouts.workspace_entries,
-            device,
+        pool = apart(
+            lambda: Pool(
+                loaded.geometry,
+                settings.cache_budget,
+                layout,
+                settings.workspaces,
+                layouts.workspace_entries,
+                device,
+            )
         )
     except RuntimeError as error:  # torch's way to say that there is not as much memory
         raise ValueError(f"{device} has no {settings.cache_budget:,} bytes for the cache budget") from error
@@ -108,19 +133,22 @@ def build(settings: Settings, observer: Observer | None = None) -> Engine:
     layouts(None)  # the default policy must fit the budget, too
     model = _info(settings, loaded, policy)
     sessions = SessionManager(layouts, settings.session_ttl, settings.max_sessions)
-    residency = Residency(pool, settings.reserve_slots, settings.parked_budget)
+    parking = parking_of(device, settings.parked_budget)
+    residency = Residency(pool, settings.reserve_slots, settings.parked_budget, parking)
+    scheduler = Scheduler(
+        settings.step_tokens,
+        settings.max_running,
+        settings.queue_limit,
+        settings.decode_slowdown,
+        settings.tenant_weights,
+    )
     return Engine(
         model=model,
-        door=Door(model, loaded.tokenizer, sessions, residency, loaded.rotary),
-        loop=Loop(
-            Runner(loaded.model),
-            Scheduler(settings.step_tokens, settings.max_running),
-            sessions,
-            residency,
-            observer or Observer(),
-        ),
+        door=Door(model, loaded.tokenizer, sessions, residency, loaded.rotary, scheduler),
+        scheduler=scheduler,
+        loop=Loop(Runner(loaded.backend), scheduler, sessions, residency, observer or Observer()),
         sessions=sessions,
-        limits=Limits(settings.queue_limit, settings.step_limit),
+        step_limit=settings.step_limit,
     )
 
 
@@ -143,7 +171,7 @@ def _info(settings: Settings, loaded: LoadedModel, policy: Policy) -> ModelInfo:
         head_dim=geometry.head_dim,
         vocab_size=loaded.tokenizer.vocab_size,
         max_positions=loaded.rotary.max_positions,
-        weight_dtype=settings.dtype,
+        weight_dtype=settings.dtype if settings.weights == "fp32" else settings.weights,
         cache_dtype=settings.cache_dtype,
         default_policy=str(policy),
         default_max_tokens=min(settings.default_max_tokens, settings.max_tokens),

@@ -24,10 +24,15 @@ def prose(words: int) -> str:
 
 
 @pytest.fixture(scope="session")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with 4,096 positions, and heads wide enough to be quantised."""
-    path = tiny.save(tmp_path_factory.mktemp("tiny"), tiny.config(head_dim=32, max_position_embeddings=4096))
-    return load(path, torch.device("cpu"), torch.float32, torch.float32)
+    return tiny.save(tmp_path_factory.mktemp("tiny"), tiny.config(head_dim=32, max_position_embeddings=4096))
+
+
+@pytest.fixture(scope="session")
+def loaded(model_path: Path) -> LoadedModel:
+    """That model, ready to run."""
+    return load(model_path, torch.device("cpu"), torch.float32, torch.float32)
 
 
 @pytest.fixture

@@ -130,6 +130,30 @@ def test_decode_on_a_strided_view_with_garbage_beyond_the_lengths(
     torch.testing.assert_close(fused, output, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize(("batch", "kv_heads"), [(1, 3), (5, 2), (2, 4)])
+def test_memory_that_is_finite_is_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch, batch: int, kv_heads: int, contiguous: bool
+) -> None:
+    monkeypatch.delattr(attention, "_forget_garbage")
+    n, lengths = 12, torch.arange(12, 12 - batch, -1)
+    query = tensors(batch, 2 * kv_heads, 4)
+    keys, values = (tensors(batch, 2, kv_heads, n, 4)[:, 1] for _ in range(2))
+    if contiguous:
+        keys, values = keys.contiguous(), values.contiguous()
+    state = {name: torch.stack([into] * batch) for name, into in started(kv_heads, n, 0).items()}
+    seen = SEEN + torch.arange(batch)
+    output = attend_decode(query, keys, values, lengths, 0.3, records(state), seen, finite=True)
+    fused = attend_decode(query, keys, values, lengths, 0.3, finite=True)
+    torch.testing.assert_close(fused, output, rtol=0, atol=1e-12)
+    for row, length in enumerate(lengths.tolist()):
+        mine = keys[row, :, :length], values[row, :, :length]
+        expected = plain(query[row].unsqueeze(1), *mine, 0.3, None, int(seen[row]))
+        torch.testing.assert_close(output[row], expected.output.squeeze(1))
+        for name, memory in state.items():
+            torch.testing.assert_close(memory[row, :, : length - 1], expected.state[name][:, :-1])
+
+
 def test_votes_are_refused_without_the_tokens_seen_before() -> None:
     query, keys, state = tensors(1, 2, 4), tensors(1, 2, 3, 4), started(2, 2, 1)
     with pytest.raises(ValueError, match="votes need the tokens seen before"):

@@ -10,6 +10,7 @@ import sys
 
 from apiary_server import main
 from apiary_server.engine.delivery import TokenStream
+from apiary_server.engine.places import Place
 from apiary_server.engine.request import TurnRequest
 from apiary_server.settings import Settings
 from tests.server.rpc.fake_engine import FakeEngine
@@ -18,12 +19,12 @@ from tests.server.rpc.fake_engine import FakeEngine
 class Breakable(FakeEngine):
     """An engine that breaks when it is told to."""
 
-    def open(self, request: TurnRequest, stream: TokenStream) -> None:
+    def open(self, request: TurnRequest, stream: TokenStream, place: Place) -> None:
         """As ever, or break."""
         if request.policy == "break" and self.on_unhealthy is not None:
             self.healthy = False
             self.on_unhealthy()
-        super().open(request, stream)
+        super().open(request, stream, place)
 
 
 if __name__ == "__main__":

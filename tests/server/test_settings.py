@@ -111,7 +111,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"weights": "int8"},
         {"state_dir": "/tmp/state"},
         {"durability": "turn"},
         {"durability": "idle"},

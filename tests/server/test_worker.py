@@ -13,7 +13,7 @@ from apiary_server.engine.result import FinishReason
 from apiary_server.errors import ContextFull, InvalidField
 from apiary_server.sessions.pool import Geometry, SlotLayout
 from apiary_server.settings import Settings
-from apiary_server.worker import build
+from apiary_server.worker import assemble, build, load_model
 from tests import tiny
 from tests.server.driver import Reader, ask, create, request
 
@@ -182,3 +182,15 @@ def test_half_precision_runs(make_engine: MakeEngine, dtype: str, cache_dtype: s
         reader = ask(engine, [5 + i for i in range(60)], "a", max_tokens=20)
         assert len(reader.token_ids) == 20
         assert reader.usage.evicted_entries > 0
+
+
+def test_engines_over_one_loaded_model_answer_alike(tiny_model: Path) -> None:
+    settings = Settings.load(model=str(tiny_model), policy="buzz(sink=2,window=8,threshold=20)", threads=1)
+    loaded = load_model(settings)
+    smaller = settings.model_copy(update={"cache_budget": 2**26})
+    one, other = assemble(settings, loaded), assemble(smaller, loaded)
+    assert (one.capacity().budget_bytes, other.capacity().budget_bytes) == (2**30, 2**26)
+    answers = [
+        ask(engine, "hello there", max_tokens=30).token_ids for engine in (one, other, build(settings))
+    ]
+    assert answers[0] == answers[1] == answers[2]

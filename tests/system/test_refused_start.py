@@ -44,7 +44,6 @@ def test_port_in_use(tiny_model: Path) -> None:
     [
         (["--cache-budget", "lots"], "'lots' is not a size"),
         (["--listen", "0.0.0.0:0"], "can be reached by others"),
-        (["--weights", "int8"], "not implemented yet"),
         (["--max-running", "0"], "--max-running: "),
         (["--policy"], "requires an argument"),
     ],
@@ -64,8 +63,12 @@ def test_bad_flag(flags: list[str], said: str) -> None:
         (lambda tiny: ["--model", "/no/such/model"], "/no/such/model"),
         (lambda tiny: ["--model", str(tiny), "--policy", "buzz(stride=2)"], "stride"),
         (lambda tiny: ["--model", str(tiny), "--cache-budget", "100KiB"], "102,400 bytes is too small"),
+        (
+            lambda tiny: ["--model", str(tiny), "--weights", "int8", "--backend", "reference"],
+            "the backend reference keeps weights as they are",
+        ),
     ],
-    ids=["model", "policy", "budget"],
+    ids=["model", "policy", "budget", "weights"],
 )
 def test_what_cannot_be_served(tiny_model: Path, flags: Callable[[Path], list[str]], said: str) -> None:
     line = _refusal(["--listen", "127.0.0.1:0", *flags(tiny_model)], SETTINGS)

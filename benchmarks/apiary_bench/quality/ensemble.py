@@ -182,7 +182,7 @@ class Ensemble:
             capacity + dense,
             shape.head_dim,
             shape.dtype,
-            self.loaded.model.device,
+            self.loaded.backend.device,
             policy.states,
             policy.kivi,
             capacity,

@@ -69,14 +69,8 @@ class Pass:
         """The logits of some rows, float32 `[len(keep), vocab]`."""
         if not self._tokens:
             return torch.empty(0, self._loaded.tokenizer.vocab_size)
-        logits: Tensor = self._loaded.model(
-            input_ids=self._tensor(self._tokens)[None],
-            position_ids=self._tensor(self._positions)[None],
-            use_cache=False,
-            logits_to_keep=self._tensor(keep),
-            apiary_batch=self._batch,
-        ).logits
-        return logits[0].float()
+        tokens, positions, rows = map(self._tensor, (self._tokens, self._positions, keep))
+        return self._loaded.backend.forward(tokens, positions, rows, self._batch).float()
 
     def _add(self, tokens: Sequence[int], positions: Sequence[int]) -> slice:
         start = self.rows
@@ -85,4 +79,4 @@ class Pass:
         return slice(start, self.rows)
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=self._loaded.model.device)
+        return torch.tensor(list(values), dtype=torch.int64, device=self._loaded.backend.device)

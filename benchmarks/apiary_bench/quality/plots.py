@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from apiary_bench.errors import BenchError
+from apiary_bench.pictures import save
 from apiary_bench.quality.bench import Bench
 from apiary_bench.quality.ensemble import Ensemble
 from apiary_bench.quality.report import Section
@@ -24,36 +23,17 @@ _INCHES = (7.0, 4.5)
 _COLUMNS = 512  # of a map: positions share one where there are more
 
 
-def require(directory: Path) -> None:
-    """Make the directory: better now than when all has been measured.
-
-    Raises:
-        BenchError: pictures cannot be written there.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BenchError(f"pictures cannot be written to {directory}: {error}") from error
-
-
 def draw(directory: Path, bench: Bench, results: Sequence[Results], found: Sequence[Section]) -> list[Path]:
     """Draw all: `TASK.png` for each task, and `kept.png` for the first document.
 
     Raises:
         BenchError: a picture cannot be written.
     """
-    mpl.use("Agg")  # no display is needed
-    pictures = {}
+    figures = {}
     for name, same in groupby(found, key=lambda section: section.sample.task):
-        pictures[f"{name}.png"] = quality(list(same))
-    pictures["kept.png"] = kept(bench, results[0])
-    require(directory)
-    try:
-        for name, figure in pictures.items():
-            figure.savefig(directory / name, dpi=150)
-    except OSError as error:
-        raise BenchError(f"pictures cannot be written to {directory}: {error}") from error
-    return [directory / name for name in pictures]
+        figures[f"{name}.png"] = quality(list(same))
+    figures["kept.png"] = kept(bench, results[0])
+    return save(directory, figures)
 
 
 def quality(same: Sequence[Section]) -> Figure:

@@ -68,6 +68,7 @@ def _sample(settings: Mapping[str, Any], task: Mapping[str, Any]) -> Sample:
         task=task["task"],
         budget=dict(task["budget"]),
         **{name: settings[name] for name in ("model", "match", "seed", "baseline")},
+        weights=settings.get("weights", "fp32"),
         outcomes={label: [Outcome(**each) for each in row["outcomes"]] for label, row in rows.items()},
         slot_bytes={label: row.get("slot_bytes") for label, row in rows.items()},
     )

@@ -81,7 +81,7 @@ def prepare(settings: Settings) -> tuple[Bench, list[Stage]]:
     """
     torch.set_num_threads(settings.threads)
     path = resolve(settings.model)
-    loaded = loader.load(path, torch.device("cpu"), torch.float32, torch.float32)
+    loaded = loader.load(path, torch.device("cpu"), torch.float32, torch.float32, weights=settings.weights)
     bench = Bench(loaded, contenders(settings.policies, loaded.rotary.max_positions), settings.match)
     model = _digest(sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES), "model")
     stages = []
@@ -126,7 +126,8 @@ def code() -> list[Path]:
     from text to logits, and this benchmark without what only asks, keeps and shows."""
     library, worker = Path(buzz.__file__).parent, Path(loader.__file__).parent
     ours = [path for path in Path(__file__).parent.rglob("*.py") if path.name not in _AROUND]
-    return sorted([*library.rglob("*.py"), *worker.glob("*.py"), *ours])
+    kernels = worker.rglob("*.[ch]")
+    return sorted([*library.rglob("*.py"), *worker.rglob("*.py"), *kernels, *ours])
 
 
 def _key(settings: Settings, task: Task[Any], budget: Budget, bench: Bench, model: str) -> str:
@@ -138,6 +139,7 @@ def _key(settings: Settings, task: Task[Any], budget: Budget, bench: Bench, mode
         "match": settings.match,
         "seed": settings.seed,
         "model": model,
+        "weights": settings.weights,
         "torch": torch.__version__,
     }
     data = [settings.data / name for name in task.files]

@@ -26,7 +26,7 @@ class Sample:
     Attributes:
         task: its name.
         budget: entries, ratio or both: what of them the task uses.
-        model, match, seed, baseline: as in `Settings`.
+        model, weights, match, seed, baseline: as in `Settings`.
         outcomes: by policy as the user wrote it, and document. `full` comes first.
         slot_bytes: of each policy the memory that a worker reserves for a session at its largest bound;
             None where that is not known.
@@ -35,6 +35,7 @@ class Sample:
     task: str
     budget: dict[str, float]
     model: str
+    weights: str
     match: str | None
     seed: int
     baseline: str
@@ -55,6 +56,7 @@ class Sample:
             task=results.stage.task.name,
             budget=results.stage.limits,
             model=settings.model,
+            weights=settings.weights,
             match=settings.match,
             seed=settings.seed,
             baseline=settings.baseline,
@@ -90,8 +92,17 @@ class Sample:
         kept = {"full", self.baseline, *labels}
         return replace(self, outcomes={label: each for label, each in self.outcomes.items() if label in kept})
 
+    def relabelled(self) -> Sample:
+        """With its weights in the names of its policies."""
+        return replace(
+            self,
+            outcomes={f"{label}, {self.weights}": each for label, each in self.outcomes.items()},
+            slot_bytes={f"{label}, {self.weights}": each for label, each in self.slot_bytes.items()},
+        )
+
     def joined(self, other: Sample) -> Sample:
-        """With the policies of another run of the task over the same documents.
+        """With the policies of another run of the task over the same documents; those of a run with other
+        weights are named by them.
 
         Raises:
             BenchError: the runs differ in more than policies.
@@ -100,6 +111,8 @@ class Sample:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise BenchError(f"{self.title}: runs with {name} {mine} and {theirs} cannot be joined")
+        if self.weights != other.weights:
+            other = other.relabelled()
         for label in self.outcomes.keys() & other.outcomes.keys():
             pairs = zip(self.outcomes[label], other.outcomes[label], strict=True)
             if not all(_same(*pair) for pair in pairs):

@@ -23,6 +23,7 @@ class Settings:
         policies: specifications; all registered ones by default.
         limit: documents of each task; None: the task's own number.
         model: a name or path.
+        weights: how the model's are kept.
         entries: targets of the tasks with an absolute one; `ratios`: of those relative to the prompt. Where
             both are given several values they go in pairs.
         match: scale policies to equal average bytes or entries; None: run them as written.
@@ -39,6 +40,7 @@ class Settings:
     policies: tuple[str, ...] = ()
     limit: int | None = None
     model: str = "smollm2-135m"
+    weights: Literal["fp32", "int8"] = "fp32"
     entries: tuple[int, ...] = (564,)
     ratios: tuple[float, ...] = (2.5,)
     match: Literal["bytes", "entries"] | None = "bytes"

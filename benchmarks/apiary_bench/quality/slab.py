@@ -26,7 +26,7 @@ class Slab:
             capacity,
             shape.head_dim,
             shape.dtype,
-            loaded.model.device,
+            loaded.backend.device,
             self.states(policies),
         )
 

@@ -7,13 +7,12 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from itertools import count
 from math import ceil
 from time import perf_counter
 from typing import TypeAlias
 
 from apiary_bench.errors import LoadError
-from apiary_bench.progress import Observer
+from apiary_bench.progress import Observer, begin
 from apiary_bench.serving import plan
 from apiary_bench.serving.plan import Turn
 from apiary_bench.serving.record import Outcome, Record, measure
@@ -153,7 +152,7 @@ class _Load:
     async def send(self) -> list[Record]:
         """Send the measured turns, and return their records in order of session and turn."""
         turns = plan.measured(self._workload, self._vocabulary)
-        ended = self._stage("turns", self._workload.measured)
+        ended = begin(self._observe, "turns", self._workload.measured)
         records: list[list[Record]] = [[] for _ in turns]
         began = perf_counter()
 
@@ -163,7 +162,7 @@ class _Load:
                 records[place].append(await self._measure(turn, began))
                 ended()
                 if records[place][-1].outcome is not Outcome.COMPLETED:
-                    await self._settle(place)
+                    await settle(self._clients[place], self._names[place])
 
         await _together(drive, len(turns), at_once=len(turns))
         return [record for of_session in records for record in of_session]
@@ -173,7 +172,7 @@ class _Load:
     ) -> None:
         if not turns:
             return
-        ended = self._stage(stage, turns * self._workload.sessions)
+        ended = begin(self._observe, stage, turns * self._workload.sessions)
 
         async def drive(place: int) -> None:
             for turn in turns_of(place):
@@ -189,20 +188,14 @@ class _Load:
         client, name = self._clients[turn.session], self._names[turn.session]
         return await measure(client, name, turn, began, self._workload.timeout)
 
-    async def _settle(self, place: int) -> None:
-        """Wait until a turn that was not completed no longer holds its session, which would refuse the next.
-        What goes wrong here, the next turn will tell."""
-        with suppress(ApiaryError, TimeoutError):
-            async with asyncio.timeout(_SETTLE):
-                client, name = self._clients[place], self._names[place]
-                while (await client.get_session(name, timeout=_CALL)).state is State.BUSY:  # noqa: ASYNC110
-                    await asyncio.sleep(_LOOK)
 
-    def _stage(self, stage: str, total: int) -> Callable[[], None]:
-        """Begin a stage; the returned function is to be called at the end of each of its turns."""
-        done = count(1)
-        self._observe(stage, 0, total)
-        return lambda: self._observe(stage, next(done), total)
+async def settle(client: aio.Client, session: str) -> None:
+    """Wait until a turn that was not completed no longer holds its session, which would refuse the next.
+    What goes wrong here, the next turn will tell."""
+    with suppress(ApiaryError, TimeoutError):
+        async with asyncio.timeout(_SETTLE):
+            while (await client.get_session(session, timeout=_CALL)).state is State.BUSY:  # noqa: ASYNC110
+                await asyncio.sleep(_LOOK)
 
 
 async def _together(do: Callable[[int], Awaitable[None]], count: int, *, at_once: int) -> None:

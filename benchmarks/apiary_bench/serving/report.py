@@ -10,9 +10,11 @@ from rich.text import Text
 
 from apiary_bench.document import provenance
 from apiary_bench.serving.generator import Run
+from apiary_bench.serving.interference import Interference, Scene
 from apiary_bench.serving.record import Record
 from apiary_bench.serving.statistics import Distribution, Summary
 from apiary_bench.serving.workload import Workload
+from apiary_client import Capacity, Model
 
 _VERSIONS = ("apiary", "grpcio", "protobuf")
 
@@ -45,11 +47,7 @@ def heading(workload: Workload, run: Run) -> str:
     if workload.history:
         asked += f", after {workload.history} of history"
     asked += f"; {workload.arrival}" + (f" at {workload.rate:g} turns/s" if workload.rate is not None else "")
-    model = run.model
-    return (
-        f"{asked}\n{model.name.removeprefix('models/')}, {run.policy}; weights {model.weight_dtype}, "
-        f"cache {model.cache_dtype}, budget {run.before.budget_bytes / 2**20:,.0f} MiB"
-    )
+    return f"{asked}\n{_worker(run.model, run.policy, run.before)}"
 
 
 def latencies(summary: Summary) -> Table:
@@ -85,6 +83,50 @@ def totals(workload: Workload, summary: Summary) -> Table:
     ):
         table.add_row(Text(label, style="dim"), value)
     return table
+
+
+def interference_document(scene: Scene, found: Interference) -> dict[str, Any]:
+    """All of it. Times in seconds; fields as in `Scene`, `Interference` and `Time`."""
+    times = [asdict(time) | {"slowdown": time.slowdown, "wait": time.wait} for time in found.times]
+    return {
+        **provenance(*_VERSIONS),
+        "arguments": asdict(scene),
+        "environment": {"model": asdict(found.model), "capacity": asdict(found.capacity)},
+        "summary": {"slowdown": found.slowdown, "wait": found.wait},
+        "times": times,
+    }
+
+
+def interference_heading(scene: Scene, found: Interference) -> str:
+    """What was asked of whom."""
+    policy = scene.policy or found.model.default_policy
+    return (
+        f"a prompt of {scene.prompt} tokens beside {scene.streams} streams with {scene.history} of history\n"
+        f"{_worker(found.model, policy, found.capacity)}"
+    )
+
+
+def interference(found: Interference) -> Table:
+    """Each time, in milliseconds, and the medians."""
+    table = Table("milliseconds", "p99 ITL before", "beside", "slowdown", "TTFT alone", "beside", "wait")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for number, time in enumerate(found.times, 1):
+        figures = (time.quiet.p99, time.loaded.p99, time.alone, time.beside)
+        before, loaded, alone, beside = (f"{1000 * seconds:.1f}" for seconds in figures)
+        table.add_row(
+            str(number), before, loaded, f"{time.slowdown:.2f}x", alone, beside, f"{time.wait:.2f}x"
+        )
+    table.add_section()
+    table.add_row("median", "", "", f"{found.slowdown:.2f}x", "", "", f"{found.wait:.2f}x")
+    return table
+
+
+def _worker(model: Model, policy: str, capacity: Capacity) -> str:
+    return (
+        f"{model.name.removeprefix('models/')}, {policy}; weights {model.weight_dtype}, "
+        f"cache {model.cache_dtype}, budget {capacity.budget_bytes / 2**20:,.0f} MiB"
+    )
 
 
 def _turns(summary: Summary) -> str:

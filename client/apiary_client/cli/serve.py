@@ -60,6 +60,10 @@ def serve(
         str | None, _flag(_MODEL, "NAME|PATH", "smollm2-135m", "A pulled model, a directory or a hub id.")
     ] = None,
     weights: Annotated[str | None, _flag(_MODEL, "fp32|int8", "fp32", "Precision of the weights.")] = None,
+    backend: Annotated[
+        str | None,
+        _flag(_MODEL, "auto|reference|cpu|cuda", "auto", "What computes: the fastest, or one by name."),
+    ] = None,
     device: Annotated[str | None, _flag(_MODEL, "DEVICE", "cpu", "cpu, cuda, cuda:1, mps ...")] = None,
     dtype: Annotated[
         str | None, _flag(_MODEL, "float32|bfloat16|float16", "float32", "Data type of the computation.")
@@ -91,7 +95,15 @@ def serve(
     ] = None,
     step_tokens: Annotated[str | None, _flag(_SCHEDULING, "N", "256", "Most tokens in a step.")] = None,
     max_running: Annotated[str | None, _flag(_SCHEDULING, "N", "64", "Most turns in flight.")] = None,
+    decode_slowdown: Annotated[
+        str | None,
+        _flag(_SCHEDULING, "X", "2", "Most times longer that prompts may make a step of running answers."),
+    ] = None,
     queue_limit: Annotated[str | None, _flag(_SCHEDULING, "N", "256", "Most turns that wait.")] = None,
+    tenant_weights: Annotated[
+        str | None,
+        _flag(_SCHEDULING, "A=W,B=W", "", "Shares of tenants, e.g. bees=2,wasps=0.5; 1 where not named."),
+    ] = None,
     max_prompt_tokens: Annotated[
         str | None, _flag(_SCHEDULING, "N", "131072", "The longest input of a turn.")
     ] = None,

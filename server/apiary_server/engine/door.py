@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from apiary_server.engine.delivery import TokenStream
 from apiary_server.engine.request import Messages, Text, TokenIds, TurnRequest
 from apiary_server.engine.result import ModelInfo
+from apiary_server.engine.scheduler import Scheduler
 from apiary_server.engine.turn import Turn
 from apiary_server.errors import ContextFull, InvalidField
 from apiary_server.model.detokenizer import Detokenizer
@@ -20,8 +21,8 @@ from buzz import Rotary
 
 
 class Door:
-    """Checks what depends on the model and the session; fixed limits are checked by `TurnRequest` itself.
-    Thread-safe."""
+    """Checks what depends on the model, the session and the queue; fixed limits are checked by `TurnRequest`
+    itself. Thread-safe."""
 
     def __init__(
         self,
@@ -30,12 +31,14 @@ class Door:
         sessions: SessionManager,
         residency: Residency,
         rotary: Rotary,
+        scheduler: Scheduler,
     ) -> None:
         self.tokenizer = tokenizer
         self._model = model
         self._sessions = sessions
         self._residency = residency
         self._rotary = rotary
+        self._scheduler = scheduler
 
     def admit(self, request: TurnRequest, stream: TokenStream) -> Turn:
         """Mark the session's turn as in flight and build it.
@@ -45,6 +48,7 @@ class Door:
             SessionNotFound: unknown, expired or another tenant's.
             SessionBusy: another turn is in flight.
             ContextFull: the input exceeds what the session's cache may hold.
+            DeadlineExceeded: the first token could not come in time.
         """
         self._check(request)
         if request.session is None:
@@ -52,7 +56,9 @@ class Door:
         else:
             session = self._sessions.begin_turn(request.tenant, request.session, lambda: stream.closed)
         try:
-            return self._turn(request, stream, session)
+            turn = self._turn(request, stream, session)
+            self._scheduler.check_deadline(turn)
+            return turn
         except BaseException:
             self._sessions.end_turn(session)
             raise

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import structlog
 import torch
@@ -15,20 +14,14 @@ from apiary_server import errors
 from apiary_server.engine.delivery import TokenStream
 from apiary_server.engine.door import Door
 from apiary_server.engine.loop import Loop
+from apiary_server.engine.places import Place, Places
 from apiary_server.engine.request import Messages, Text, TurnRequest
 from apiary_server.engine.result import Capacity, ModelInfo
+from apiary_server.engine.scheduler import Scheduler
 from apiary_server.engine.turn import Turn
 from apiary_server.sessions.manager import SessionManager
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What bounds the engine; the same names as in `Settings`."""
-
-    queue_limit: int
-    step_limit: float
 
 
 class Engine:
@@ -37,9 +30,10 @@ class Engine:
     Args:
         model: the served model and its limits.
         door: turns requests into turns, or refuses them.
+        scheduler: which turns may wait.
         loop: what the engine thread does.
         sessions: the table of sessions.
-        limits: bounds.
+        step_limit: seconds after which a step hangs.
 
     Attributes:
         healthy: False once the loop hung or broke; the process should end.
@@ -47,17 +41,23 @@ class Engine:
     """
 
     def __init__(
-        self, model: ModelInfo, door: Door, loop: Loop, sessions: SessionManager, limits: Limits
+        self,
+        model: ModelInfo,
+        door: Door,
+        scheduler: Scheduler,
+        loop: Loop,
+        sessions: SessionManager,
+        step_limit: float,
     ) -> None:
         self.model = model
         self.sessions = sessions
         self.healthy = True
         self.on_unhealthy: Callable[[], None] | None = None
         self._door = door
+        self._scheduler = scheduler
         self._loop = loop
-        self._limits = limits
-        self._arriving = 0  # turns that are on their way to the loop
-        self._arrivals = threading.Lock()
+        self._step_limit = step_limit
+        self._places = Places()
         self._draining = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -76,38 +76,42 @@ class Engine:
         """Let turns finish for `grace` seconds, roll the others back, and end the loop."""
         self.drain()
         deadline = time.monotonic() + grace
-        while time.monotonic() < deadline and self._thread.is_alive() and self._turns:
+        while time.monotonic() < deadline and self._thread.is_alive() and self._busy:
             time.sleep(0.02)
         self._stopping.set()
         self._loop.post(lambda: None)
-        self._thread.join(timeout=self._limits.step_limit)
+        self._thread.join(timeout=self._step_limit)
 
-    def open(self, request: TurnRequest, stream: TokenStream) -> None:
-        """Check a request and queue its turn; the answer comes by `stream`. Blocks while it tokenises.
+    def reserve(self, tenant: str) -> Place:
+        """Take a place in the queue for a turn of a tenant. Waits for nothing, whatever the engine does.
 
         Raises:
             Draining: the worker is shutting down.
             QueueFull: too many turns wait.
-            InvalidField, SessionNotFound, SessionBusy, ContextFull: see `Door.admit`.
         """
         if self._draining:
             raise errors.Draining("the worker is shutting down; try another", retry_after=1.0)
-        with self._arrivals:
-            waiting = self._arriving + self._loop.waiting
-            if waiting >= self._limits.queue_limit:
-                raise errors.QueueFull(
-                    f"{waiting} turns wait, and {self._limits.queue_limit} may",
-                    1.0,
-                    limit=self._limits.queue_limit,
-                )
-            self._arriving += 1
+        return self._places.take(tenant, self._scheduler.check_queue)
+
+    def open(self, request: TurnRequest, stream: TokenStream, place: Place | None = None) -> None:
+        """Check a request and queue its turn; the answer comes by `stream`. Blocks while it tokenises.
+
+        Args:
+            request: what is asked.
+            stream: where the answer goes.
+            place: reserved for it, and released here; None takes one now.
+
+        Raises:
+            Draining, QueueFull: see `reserve`.
+            InvalidField, SessionNotFound, SessionBusy, ContextFull, DeadlineExceeded: see `Door.admit`.
+        """
+        place = place or self.reserve(request.tenant)
         try:
             turn = self._door.admit(request, stream)
         except BaseException:
-            with self._arrivals:
-                self._arriving -= 1
+            place.release()
             raise
-        self._loop.post(lambda: self._arrive(turn))
+        self._loop.post(lambda: self._arrive(turn, place))
 
     def tokenize(self, input: Text | Messages) -> list[int]:
         """Token ids of text, or of messages as a first turn."""
@@ -151,14 +155,14 @@ class Engine:
             parked_bytes=residency.parked_bytes,
             parked_budget_bytes=residency.parked_budget,
             sessions=len(self.sessions),
-            running_turns=self._loop.running,
-            queued_turns=self._loop.waiting + self._arriving,
-            queue_limit=self._limits.queue_limit,
+            running_turns=len(self._scheduler.running),
+            queued_turns=len(self._scheduler.waiting) + len(self._places),
+            queue_limit=self._scheduler.queue_limit,
         )
 
     @property
-    def _turns(self) -> int:
-        return self._loop.running + self._loop.waiting + self._arriving
+    def _busy(self) -> bool:
+        return bool(self._places or self._scheduler.waiting or self._scheduler.running)
 
     # the engine thread
 
@@ -174,15 +178,14 @@ class Engine:
                 _log.exception("the engine loop broke")
                 self._lose_health()
 
-    def _arrive(self, turn: Turn) -> None:
-        with self._arrivals:
-            self._arriving -= 1
-            self._loop.add(turn)
+    def _arrive(self, turn: Turn, place: Place) -> None:
+        self._loop.add(turn)
+        place.release()  # after: for an instant it counts twice, never not at all
 
     # the watchdog thread
 
     def _watch(self) -> None:
-        limit = self._limits.step_limit
+        limit = self._step_limit
         while self.healthy and not self._stopping.wait(min(1.0, limit / 4)):
             began = self._loop.step_began
             if began is not None and time.monotonic() - began > limit:

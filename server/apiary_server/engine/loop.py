@@ -31,7 +31,7 @@ _PAUSED_WAIT = 0.005  # seconds between looks at readers and memory when all tur
 
 
 class Loop:
-    """What the engine thread does, again and again. All but `post` and the counts are for that thread.
+    """What the engine thread does, again and again. All but `post` is for that thread.
 
     Args:
         runner: the forward pass.
@@ -63,19 +63,11 @@ class Loop:
         """Have something done on the engine thread, before the next step."""
         self._commands.put(command)
 
-    @property
-    def running(self) -> int:
-        """Turns in flight."""
-        return len(self._scheduler.running)
-
-    @property
-    def waiting(self) -> int:
-        """Turns that have not started."""
-        return len(self._scheduler.waiting)
-
     def add(self, turn: Turn) -> None:
-        """Queue a turn."""
-        self._scheduler.add(turn)
+        """Queue a turn, and end the one that has to leave for it if the queue is full."""
+        leaving = self._scheduler.add(turn)
+        if leaving is not None:
+            self._fail(*leaving)
 
     def end_all(self, error: errors.ApiaryError) -> None:
         """Roll back every turn."""
@@ -135,6 +127,11 @@ class Loop:
                     turn,
                     errors.ReaderStalled("the reader took nothing for too long; the turn was rolled back"),
                 )
+            elif turn.started is None:
+                try:
+                    self._scheduler.check_waiting(turn)
+                except errors.DeadlineExceeded as error:
+                    self._fail(turn, error)
 
     def _refuse_for_memory(self, plan: StepPlan) -> None:
         """If every turn waits for memory, nobody will give any back: end one of them."""
@@ -173,7 +170,9 @@ class Loop:
                 self._fail(turn, self._incident("a turn failed"))
             compactions += turn.evicted > before
             evicted += turn.evicted - before
-        self._observe(plan, time.monotonic() - began, compactions, evicted)
+        seconds = time.monotonic() - began
+        self._scheduler.observe(plan, seconds)
+        self._observe(plan, seconds, compactions, evicted)
 
     def _forward(self, plan: StepPlan) -> dict[int, Sampled]:
         pieces = [

@@ -13,8 +13,11 @@ from pydantic import Field
 
 from apiary_server.model.types import Message, Messages, Record, Sampling, Text, TokenId, TokenIds
 
-__all__ = ["Message", "Messages", "Sampling", "Stopping", "Text", "TokenIds", "TurnRequest"]
+__all__ = ["Message", "Messages", "Sampling", "Stopping", "Tenant", "Text", "TokenIds", "TurnRequest"]
 
+TENANT = r"^[A-Za-z0-9._-]{1,63}$"
+
+Tenant = Annotated[str, Field(pattern=TENANT)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -37,7 +40,7 @@ class TurnRequest(Record):
 
     input: Messages | Text | TokenIds
     session: str | None = None
-    tenant: str = Field("default", min_length=1, max_length=63)
+    tenant: Tenant = "default"
     sampling: Sampling = Sampling()
     stopping: Stopping = Stopping()
     logprobs: int | None = Field(None, ge=0, le=20)

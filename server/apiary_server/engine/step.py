@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from apiary_server.engine.costs import Work
+
 if TYPE_CHECKING:
     from apiary_server.engine.turn import Turn
 
@@ -26,10 +28,20 @@ class ScheduledChunk:
 class StepPlan:
     """One forward pass over a ragged batch: decode tokens first, then prefill chunks.
 
-    `blocked` is the turn for which there was no memory, and behind which the others wait.
+    `work` is what all of it costs; `blocked` is the turn for which there was no memory, and behind which the
+    others wait.
     """
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
+    work: Work = field(default_factory=Work)
     blocked: Turn | None = None
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens that were generated and are fed back."""
+        return self.work.rows
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of prompts."""
+        return self.work.tokens

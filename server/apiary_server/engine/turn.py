@@ -68,6 +68,12 @@ class Turn:
         return len(self.tokens) - self.computed
 
     @property
+    def context(self) -> int:
+        """How many entries its next token attends to, beside itself."""
+        cache = self.session.cache
+        return 0 if cache is None else cache.n
+
+    @property
     def decoding(self) -> bool:
         """Whether its next chunk is a token that it generated."""
         return self.computed >= self.prompt_end and not self.replaying

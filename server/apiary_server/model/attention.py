@@ -1,19 +1,14 @@
-"""The attention function behind transformers' `AttentionInterface`: writes each token's key and value into
-its session's cache and attends there. It serves every decoder that uses the interface, without patching
-it."""
+"""Where the rows of a step belong, and attention there: each token's key and value are written into its
+session's cache first."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
+from apiary_server.sessions.pool import Lease
 from buzz import Buffers, Record, State, attend_chunk, attend_decode
-
-NAME = "apiary"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +17,7 @@ class DecodeRun:
 
     `cache` tensors are strided views with leading dimension B; `entries` and `seen`, int64 `[B]`, count each
     slot's entries and its session's tokens before this step; `most` is the largest count of entries after it.
+    `first` leases the first of the slots; None: the caches lie in memory of their own.
     """
 
     rows: slice
@@ -31,6 +27,11 @@ class DecodeRun:
     most: int
     states: tuple[State, ...]
     log_n: int | None
+    first: Lease | None = None
+
+    def records(self, layer: int) -> list[Record]:
+        """What attention in a layer records, and where."""
+        return [Record(s, self.cache.state[s.name][:, layer, :, : self.most]) for s in self.states]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,15 @@ class ChunkRun:
     states: tuple[State, ...]
     log_n: int | None
 
+    @property
+    def total(self) -> int:
+        """Entries after this step."""
+        return self.entries + len(range(self.rows.start, self.rows.stop))
+
+    def records(self, layer: int) -> list[Record]:
+        """What attention in a layer records, and where."""
+        return [Record(s, self.cache.state[s.name][layer, :, : self.total]) for s in self.states]
+
 
 @dataclass(slots=True)
 class Batch:
@@ -53,64 +63,42 @@ class Batch:
     chunks: list[ChunkRun] = field(default_factory=list)
 
 
-def cached_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    *,
-    apiary_batch: Batch,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend over the sessions' caches.
+def decode(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun) -> Tensor:
+    """Write one new entry into each of the run's caches, and attend there.
 
     Args:
-        module: the attention layer; its `layer_idx` says which layer of the caches.
-        query: `[1, query_heads, rows, head_dim]`, rotated.
-        key: `[1, kv_heads, rows, head_dim]`, rotated.
-        value: `[1, kv_heads, rows, head_dim]`.
-        attention_mask: none; which rows see what is in `apiary_batch`.
-        scaling: of the logits; default `head_dim ** -0.5`.
-        apiary_batch: where the rows belong.
+        layer: which of the caches'.
+        queries: `[B, query_heads, head_dim]`, rotated.
+        keys: `[B, kv_heads, head_dim]`, rotated.
+        values: `[B, kv_heads, head_dim]`.
+        scale: of the logits.
+        run: the caches.
 
     Returns:
-        `[1, rows, query_heads, head_dim]` and no weights.
+        `[B, query_heads, head_dim]`.
     """
-    layer = module.layer_idx
-    if not isinstance(layer, int):
-        raise TypeError("attention layers must be numbered")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    queries, keys, values = query[0], key[0], value[0]
-    output = torch.empty_like(queries.transpose(0, 1))
-    for run in apiary_batch.decodes:
-        rows = run.rows
-        new_keys, new_values = (new[:, rows].transpose(0, 1) for new in (keys, values))
-        cache_keys, cache_values = run.cache.extend_each(layer, run.entries, run.most, new_keys, new_values)
-        output[rows] = attend_decode(
-            queries[:, rows].transpose(0, 1),
-            cache_keys,
-            cache_values,
-            run.entries + 1,
-            scale,
-            [Record(s, run.cache.state[s.name][:, layer, :, : run.most]) for s in run.states],
-            run.seen,
-            run.log_n,
-        )
-    for chunk in apiary_batch.chunks:
-        rows, end = chunk.rows, chunk.entries + chunk.rows.stop - chunk.rows.start
-        cache_keys, cache_values = chunk.cache.extend(layer, chunk.entries, keys[:, rows], values[:, rows])
-        output[rows] = attend_chunk(
-            queries[:, rows],
-            cache_keys,
-            cache_values,
-            scale,
-            [Record(s, chunk.cache.state[s.name][layer, :, :end]) for s in chunk.states],
-            chunk.seen,
-            chunk.log_n,
-        ).transpose(0, 1)
-    return output[None], None
+    cache_keys, cache_values = run.cache.extend_each(layer, run.entries, run.most, keys, values)
+    records = run.records(layer)
+    lengths = run.entries + 1
+    return attend_decode(queries, cache_keys, cache_values, lengths, scale, records, run.seen, run.log_n)
 
 
-AttentionInterface.register(NAME, cached_attention)
+def chunk(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: ChunkRun) -> Tensor:
+    """Write a session's new entries into its cache, and attend there.
+
+    Args:
+        layer: which of the cache's.
+        queries: `[T, query_heads, head_dim]`, rotated.
+        keys: `[T, kv_heads, head_dim]`, rotated.
+        values: `[T, kv_heads, head_dim]`.
+        scale: of the logits.
+        run: the cache.
+
+    Returns:
+        `[T, query_heads, head_dim]`.
+    """
+    new = (part.transpose(0, 1) for part in (keys, values))
+    cache_keys, cache_values = run.cache.extend(layer, run.entries, *new)
+    records = run.records(layer)
+    rows = queries.transpose(0, 1)
+    return attend_chunk(rows, cache_keys, cache_values, scale, records, run.seen, run.log_n).transpose(0, 1)

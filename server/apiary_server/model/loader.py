@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -20,13 +21,15 @@ from transformers import (
 from transformers.utils import logging
 
 from apiary_server.errors import ApiaryError
-from apiary_server.model import attention
+from apiary_server.model.backends import Backend, ForeignStructure, Kind, Reference, Weights, choose
+from apiary_server.model.backends.reference import NAME
 from apiary_server.model.runner import Piece, Runner
 from apiary_server.model.tokenizer import Tokenizer
 from apiary_server.sessions.pool import Geometry, Lease, SlotClass, SlotLayout
 from buzz import Cache, Rotary
 from buzz.policies.full import Full
 
+_log = structlog.get_logger(__name__)
 # what our attention leaves out, by the configuration field that asks for it
 _UNSERVED = {
     "attn_logit_softcapping": "soft-capped attention logits",
@@ -43,27 +46,44 @@ class UnservableModel(ApiaryError):
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready for `Runner`."""
+    """A model ready for `Runner`; `exact` says whether its weights are as they were trained."""
 
-    model: PreTrainedModel
+    backend: Backend
     tokenizer: Tokenizer
     rotary: Rotary
     geometry: Geometry
     architecture: str
     query_heads: int
     eos_token_ids: tuple[int, ...]
+    exact: bool = True
 
 
-def load(path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype) -> LoadedModel:
+def load(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    backend: Kind = "auto",
+    weights: Weights = "fp32",
+) -> LoadedModel:
     """Load a Hugging Face directory.
 
+    Args:
+        path: the directory.
+        device: where it will run.
+        dtype: of what lies between the layers.
+        cache_dtype: of the entries in the caches.
+        backend: what computes.
+        weights: how it keeps them.
+
     Raises:
-        UnservableModel: the files are not a model, or not one whose layers this worker can serve.
+        UnservableModel: the files are not a model, or not one whose layers this worker can serve so.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the checks are thousands of tiny operations: threads would wait for each other
     try:
-        return _load(path, device, dtype, cache_dtype)
+        loaded, model = _load(path, device, dtype, cache_dtype)
+        return _with_backend(path, loaded, model, backend, weights)
     except UnservableModel:
         raise
     except Exception as error:  # what transformers raises for odd files has no common base
@@ -73,7 +93,9 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: torc
         torch.set_num_threads(threads)
 
 
-def _load(path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype) -> LoadedModel:
+def _load(
+    path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> tuple[LoadedModel, PreTrainedModel]:
     logging.disable_progress_bar()
     if "auto_map" in _read_json(path / "config.json"):
         raise UnservableModel(f"{path} needs code of its own (auto_map in config.json), which is never run")
@@ -93,7 +115,7 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: tor
         path,
         config=config,
         dtype=dtype,
-        attn_implementation=attention.NAME,
+        attn_implementation=NAME,
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
@@ -116,7 +138,7 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: tor
         dtype=cache_dtype,
     )
     loaded = LoadedModel(
-        model=model,
+        backend=Reference(model),
         tokenizer=Tokenizer(backend, config.vocab_size),
         rotary=_rotary(path, model, config),
         geometry=geometry,
@@ -124,9 +146,26 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype, cache_dtype: tor
         query_heads=heads,
         eos_token_ids=_eos(model, config),
     )
-    _check_forward(path, loaded)
+    _check_forward(path, loaded, model)
     _check_moves(path, loaded)
-    return loaded
+    return loaded, model
+
+
+def _with_backend(
+    path: Path, loaded: LoadedModel, model: PreTrainedModel, kind: Kind, weights: Weights
+) -> LoadedModel:
+    """The same model with another compute, where there is one that gives the same."""
+    try:
+        chosen = replace(loaded, backend=choose(kind, weights, model), exact=weights == "fp32")
+        _check_forward(path, chosen, model)
+    except (ForeignStructure, UnservableModel) as error:
+        if kind != "auto" or weights != "fp32":
+            raise UnservableModel(
+                f"{path} cannot run on backend {kind} with {weights} weights: {error}"
+            ) from error
+        _log.info("the model runs in its own modules", reason=str(error))
+        return loaded
+    return chosen
 
 
 def _check_config(path: Path, config: PretrainedConfig) -> None:
@@ -161,18 +200,20 @@ def _rotary(path: Path, model: PreTrainedModel, config: PretrainedConfig) -> Rot
     return Rotary(inv_freq.detach().clone(), config.max_position_embeddings)
 
 
-def _check_forward(path: Path, loaded: LoadedModel) -> None:
-    """Compare a few tokens over our cache, a chunk and one more, with the model's own attention. This
-    catches whatever in a model's attention no configuration field tells."""
-    model, tokens = loaded.model, _sample(loaded)
+def _check_forward(path: Path, loaded: LoadedModel, model: PreTrainedModel) -> None:
+    """Compare a few tokens over our cache, a chunk and three more, with the model's own attention. This
+    catches whatever in a model's attention no configuration field tells; and the third is computed by what a
+    backend may have recorded at the second."""
+    tokens = _sample(loaded)
     cache, place = _scratch(loaded, len(tokens))
-    runner = Runner(model)
-    runner.run([Piece(tokens[:-1], cache, place, logits=False)])
+    runner = Runner(loaded.backend)
+    for cut in (slice(-3), slice(-3, -2), slice(-2, -1)):
+        runner.run([Piece(tokens[cut], cache, place, logits=False)])
     ours = runner.run([Piece(tokens[-1:], cache, place, logits=True)])[0].float()
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         theirs = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0, -1].float()
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(NAME)
     if not theirs.isfinite().all():
         raise UnservableModel(f"{path} computes logits that are not finite in {model.dtype}")
     if not torch.allclose(ours, theirs, atol=_tolerance(loaded) * float(theirs.abs().max())):
@@ -194,7 +235,7 @@ def _check_moves(path: Path, loaded: LoadedModel) -> None:
         return Piece(tokens, cache, place, logits=False)
 
     pieces = [piece_at(3), piece_at(last)]
-    Runner(loaded.model).run(pieces)
+    Runner(loaded.backend).run(pieces)
     here, there = (piece.cache.buffers.keys.float() for piece in pieces)
     moved = loaded.rotary.rotate(here, torch.full((len(tokens),), last - 3, device=here.device))
     if not torch.allclose(moved, there, atol=_tolerance(loaded) * float(there.abs().max())):
@@ -211,14 +252,14 @@ def _sample(loaded: LoadedModel) -> list[int]:
 def _scratch(loaded: LoadedModel, entries: int) -> tuple[Cache, Lease]:
     """An empty cache of its own, whose tokens have their original positions."""
     layout = SlotLayout(loaded.geometry, entries, states=0)
-    slots = SlotClass(layout, torch.zeros(layout.bytes, dtype=torch.uint8, device=loaded.model.device))
+    slots = SlotClass(layout, torch.zeros(layout.bytes, dtype=torch.uint8, device=loaded.backend.device))
     policy = Full(bound=entries, positions="original")
     return Cache(policy, loaded.rotary, slots.buffers(0, ())), Lease(slots, 0, lambda _: None)
 
 
 def _tolerance(loaded: LoadedModel) -> float:
     """Relative to the largest value."""
-    return 1e-3 if loaded.model.dtype == loaded.geometry.dtype == torch.float32 else 0.1
+    return 1e-3 if loaded.exact and loaded.backend.dtype == loaded.geometry.dtype == torch.float32 else 0.1
 
 
 def _eos(model: PreTrainedModel, config: PretrainedConfig) -> tuple[int, ...]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from apiary_server.model.attention import Batch, ChunkRun, DecodeRun
+from apiary_server.model.backends.base import Backend
 from apiary_server.sessions.pool import Lease
 from buzz import Buffers, Cache
 
@@ -31,15 +31,10 @@ class Piece:
 
 
 class Runner:
-    """Runs the model over sessions' caches.
+    """Runs the model over sessions' caches."""
 
-    Args:
-        model: a decoder whose attention implementation is `attention.NAME`.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._device = model.device
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> Tensor:
@@ -57,16 +52,11 @@ class Runner:
         last = [asked[i] for i in sorted(asked)]
         for piece in packed:
             piece.cache.prepare(len(piece.tokens))
-        logits: Tensor = self._model(
-            input_ids=self._tensor(tokens)[None],
-            position_ids=self._tensor(positions)[None],
-            use_cache=False,
-            logits_to_keep=self._tensor(last),
-            apiary_batch=self._batch(packed, starts),
-        ).logits
+        ids, places, keep = map(self._tensor, (tokens, positions, last))
+        logits = self._backend.forward(ids, places, keep, self._batch(packed, starts))
         for piece in packed:
             piece.cache.append(len(piece.tokens))
-        return logits[0]
+        return logits
 
     def _batch(self, packed: Sequence[Piece], starts: Sequence[int]) -> Batch:
         batch = Batch()
@@ -78,22 +68,24 @@ class Runner:
                     ChunkRun(rows, cache.live, cache.n, cache.seen, cache.policy.states, cache.policy.log_n)
                 )
         decoding = [piece for piece in packed if piece.decodes]  # they are the first rows
+        entries = self._tensor([piece.cache.n for piece in decoding])
+        seen = self._tensor([piece.cache.seen for piece in decoding])
         row = 0
         for run in _runs(decoding):
-            first = run[0]
-            entries = [piece.cache.n for piece in run]
+            first, rows = run[0], slice(row, row + len(run))
             batch.decodes.append(
                 DecodeRun(
-                    slice(row, row + len(run)),
+                    rows,
                     self._neighbours(run),
-                    self._tensor(entries),
-                    self._tensor([piece.cache.seen for piece in run]),
-                    max(entries) + 1,
+                    entries[rows],
+                    seen[rows],
+                    max(piece.cache.n for piece in run) + 1,
                     first.cache.policy.states,
                     first.cache.policy.log_n,
+                    first.place,
                 )
             )
-            row += len(run)
+            row = rows.stop
         return batch
 
     def _neighbours(self, run: Sequence[Piece]) -> Buffers:
@@ -108,7 +100,7 @@ class Runner:
         return replace(buffers, packed=packed)
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return torch.tensor(values, dtype=torch.int64, device=self._backend.device)
 
 
 def _neighbourhood(piece: Piece) -> tuple[bool, int, int, str, bool, int]:

@@ -10,12 +10,12 @@ from typing import Any
 
 from grpc.aio import ServicerContext
 
+from apiary_server.engine.request import TENANT
 from apiary_server.errors import InvalidField
 
 Context = ServicerContext[Any, Any]
 
 TENANT_KEY = "x-apiary-tenant"
-_TENANT = re.compile(r"[A-Za-z0-9._-]{1,63}")
 _TRACE_KEYS = ("traceparent", "tracestate")  # W3C Trace Context
 
 
@@ -44,7 +44,7 @@ def caller(context: Context) -> Caller:
             headers[key] = text
     if len(tenants) > 1:
         raise InvalidField([(TENANT_KEY, "must be given once")])
-    if tenants and _TENANT.fullmatch(tenants[0]) is None:
+    if tenants and re.fullmatch(TENANT, tenants[0]) is None:
         raise InvalidField([(TENANT_KEY, "must be 1 to 63 of A-Z, a-z, 0-9, '.', '_', '-'")])
     remaining: float | None = context.time_remaining()
     return Caller(

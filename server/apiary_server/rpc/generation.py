@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from apiary.v1 import generation_pb2 as pb
 from apiary.v1.generation_pb2_grpc import GenerationServiceServicer
 from apiary_server.engine.delivery import TokenStream
+from apiary_server.engine.places import Place
 from apiary_server.engine.result import Delta
 from apiary_server.rpc.caller import Caller, Context, caller
 from apiary_server.rpc.convert import incoming, outgoing
@@ -59,7 +60,14 @@ class GenerationService(GenerationServiceServicer):
         # reaches: the engine drops a turn whose stream is closed.
         context.add_done_callback(lambda _: stream.close())  # type: ignore[arg-type]  # the stub wants a class
         try:
-            await asyncio.to_thread(self._open, request, caller(context), stream)
+            who = caller(context)
+            # here: refusals must not queue for a thread behind those who tokenise
+            place = self._engine.reserve(who.tenant)
+            # shielded: the place must be given back even if the caller leaves before a thread is free
+            opening = asyncio.ensure_future(asyncio.to_thread(self._open, request, who, stream, place))
+            # asyncio would log an error that nobody is left to hear
+            opening.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.shield(opening)
             # Not earlier: a client retries a refused call by itself only if no headers came before.
             await context.send_initial_metadata(())
             async for delta in stream:
@@ -67,6 +75,10 @@ class GenerationService(GenerationServiceServicer):
         finally:
             stream.close()
 
-    def _open(self, request: pb.GenerateRequest, who: Caller, stream: TokenStream) -> None:
-        turn = incoming.turn_request(request, who, self._engine.model.max_prompt_tokens)
-        self._engine.open(turn, stream)
+    def _open(self, request: pb.GenerateRequest, who: Caller, stream: TokenStream, place: Place) -> None:
+        try:
+            turn = incoming.turn_request(request, who, self._engine.model.max_prompt_tokens)
+        except BaseException:
+            place.release()
+            raise
+        self._engine.open(turn, stream, place)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch
+from torch import Tensor
 
+from apiary_server.sessions.parking import Parking
 from apiary_server.sessions.pool import Lease, Pool, SlotLayout
 from apiary_server.sessions.session import Session
 
@@ -21,10 +22,11 @@ class Residency:
     Not thread-safe: the engine thread owns it.
     """
 
-    def __init__(self, pool: Pool, reserve: int, parked_budget: int) -> None:
+    def __init__(self, pool: Pool, reserve: int, parked_budget: int, parking: Parking) -> None:
         self.pool = pool
         self.reserve = reserve
         self.parked_budget = parked_budget
+        self._parking = parking
         self.parked_bytes = 0
         self.parked_sessions = 0
         self._idle: OrderedDict[int, Session] = OrderedDict()  # least recently used first
@@ -45,9 +47,9 @@ class Residency:
                 return False
             session.lease = lease
             if session.parked is not None and session.cache is not None:
-                lease.memory.copy_(session.parked)
+                self._parking.unpark(session.parked, lease.memory)
                 session.cache.buffers = lease.buffers(session.policy.states)
-                self._drop_parked(session)
+                self._forget(session, session.parked)
         self._running[session.layout] = self._running.get(session.layout, 0) + 1
         return True
 
@@ -69,7 +71,7 @@ class Residency:
         """Give back all memory of an idle session."""
         self._idle.pop(id(session), None)
         if session.parked is not None:
-            self._drop_parked(session)
+            self._forget(session, session.parked)
         if session.lease is not None:
             session.lease.release()
             session.lease = None
@@ -93,6 +95,7 @@ class Residency:
             lease = self.pool.lease(layout)
             if lease is not None:
                 if all(self.pool.free_places(other, self.reserve) >= self.reserve for other in leaving):
+                    self._parking.settle(lease.memory)
                     return lease
                 lease.release()
             if not self._park_oldest():
@@ -105,7 +108,7 @@ class Residency:
         if session is None or session.lease is None:
             return False
         lease = session.lease
-        session.parked = torch.empty(lease.bytes, dtype=torch.uint8).copy_(lease.memory)
+        session.parked = self._parking.park(lease.memory)
         self.parked_bytes += lease.bytes
         self.parked_sessions += 1
         del self._idle[id(session)]
@@ -113,7 +116,8 @@ class Residency:
         session.lease = None
         return True
 
-    def _drop_parked(self, session: Session) -> None:
+    def _forget(self, session: Session, parked: Tensor) -> None:
+        self._parking.forget(parked)
         session.parked = None
         self.parked_bytes -= session.layout.bytes
         self.parked_sessions -= 1

@@ -29,7 +29,8 @@ def sample(
             Outcome(f"{name}(number={i},{rest}", 100 + i, 9.0, here, 2000, target, dict(each))
             for i, (each, here) in enumerate(zip(documents, bytes_, strict=True))
         ]
-    settings: dict[str, Any] = {"model": "tiny", "match": "bytes", "seed": 0, "baseline": "full"}
+    settings: dict[str, Any] = {"model": "tiny", "weights": "fp32", "match": "bytes", "seed": 0}
+    settings["baseline"] = "full"
     return Sample(
         task=task,
         budget={"entries": 90},

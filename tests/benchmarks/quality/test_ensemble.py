@@ -41,16 +41,12 @@ class Alone:
     def feed(self, tokens: Sequence[int]) -> Tensor:
         cache, count = self.cache, len(tokens)
         cache.begin_segment(count)
-        positions = torch.tensor([cache.next_positions(count)])
+        positions = torch.tensor(cache.next_positions(count))
         cache.prepare(count)
         policy = cache.policy
         run = ChunkRun(slice(0, count), cache.live, cache.n, cache.seen, policy.states, policy.log_n)
-        logits: Tensor = self.loaded.model(
-            torch.tensor([list(tokens)]),
-            position_ids=positions,
-            use_cache=False,
-            apiary_batch=Batch(chunks=[run]),
-        ).logits[0]
+        every = torch.arange(count)
+        logits = self.loaded.backend.forward(torch.tensor(tokens), positions, every, Batch(chunks=[run]))
         cache.append(count)
         cache.end_segment()
         return logits

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from apiary_bench.quality.bench import Bench
 from apiary_bench.quality.journal import Journal
@@ -63,15 +64,13 @@ def test_divergence_is_that_of_the_definition() -> None:
     assert found.tolist() == pytest.approx([expected, 0], abs=1e-6)
 
 
-def test_perplexity_of_the_full_cache_is_the_models_own(ours: Bench, data: Path) -> None:
+def test_perplexity_of_the_full_cache_is_the_models_own(ours: Bench, data: Path, model_path: Path) -> None:
     task = WikiText(length=300, warmup=120, chunk=16)
     (document,) = task.documents(data, ours, 1, 0)
     with torch.inference_mode():
         outcome = task.run([document], [90], ours)[0][0]
-        model = ours.loaded.model
-        model.set_attn_implementation("eager")
+        model = AutoModelForCausalLM.from_pretrained(model_path)
         logits = model(torch.tensor([document]), use_cache=False).logits[0]
-        model.set_attn_implementation("apiary")
     own = torch.nn.functional.cross_entropy(logits[119:299], torch.tensor(document[120:]))
     assert outcome.scores["perplexity"] == pytest.approx(float(own), rel=1e-4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_slots_are_those_that_the_pool_leases(ours: Bench, data: Path) -> None:
         geometry, policy = ours.loaded.geometry, parse(spec)
         layout = SlotLayout.of(geometry, policy, 64)
         pool = Pool(
-            geometry, 2**27, layout, workspaces=1, workspace_entries=64, device=ours.loaded.model.device
+            geometry, 2**27, layout, workspaces=1, workspace_entries=64, device=ours.loaded.backend.device
         )
         lease = pool.lease(layout)
         assert lease is not None
@@ -52,6 +53,13 @@ def test_runs_of_other_policies_over_the_same_documents_are_joined() -> None:
     assert list(joined.outcomes) == ["full", "h2o", "buzz"]
     assert joined.slot_bytes == {"full": 3_000_000, "h2o": None, "buzz": 3_000_000}
     assert alone == other
+
+
+def test_runs_with_other_weights_are_told_apart() -> None:
+    one, two = (sample("fidelity", {"full": KL, "h2o": KL}) for _ in range(2))
+    joined = one.joined(replace(two, weights="int8"))
+    assert list(joined.outcomes) == ["full", "h2o", "full, int8", "h2o, int8"]
+    assert joined.slot_bytes["h2o, int8"] == one.slot_bytes["h2o"]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_help_states_the_true_default(name: str, monkeypatch: pytest.MonkeyPatch
     default = getattr(Settings(), name)
     stated = re.search(r"\[default: (.+?)\]", option.help)
     if stated is None:
-        assert default in (None, False)
+        assert default in (None, False, {})
     else:
         assert getattr(Settings.load(**{name: stated[1]}), name) == default
 

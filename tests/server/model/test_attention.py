@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
-from apiary_server.model.attention import NAME, Batch, ChunkRun, DecodeRun, cached_attention
+from apiary_server.model.attention import Batch, ChunkRun, DecodeRun
+from apiary_server.model.backends.reference import NAME, Reference, cached_attention
 from apiary_server.model.runner import Piece, Runner
 from apiary_server.sessions.pool import Geometry, Lease, Pool, SlotLayout
 from buzz import Buffers, Cache, Rotary, State, parse
@@ -160,7 +161,7 @@ def test_the_whole_step_stays_on_the_models_device(elsewhere: torch.device) -> N
         lease = pool.lease(layout if policy.kivi is None else SlotLayout.of(geometry, policy, 20))
         assert lease is not None
         sessions.append((Cache(policy, rotary, lease.buffers(policy.states)), lease))
-    runner = Runner(model)
+    runner = Runner(Reference(model))
     with OneDevice():
         for counts in ([10, 1, 3, 9, 10, 20], [1] * 5 + [12], [1, 14, 14, 8, 8, 3], [1] * 6):
             pieces = []

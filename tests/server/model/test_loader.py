@@ -13,6 +13,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from apiary_server.model.backends import Reference
+from apiary_server.model.backends.cpu import Cpu
 from apiary_server.model.loader import LoadedModel, UnservableModel, load
 from apiary_server.settings import Settings
 from apiary_server.worker import build
@@ -142,6 +144,14 @@ def loaded(path: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
     return load(path, torch.device("cpu"), dtype, dtype)
 
 
+def by_own_modules() -> dict[str, Callable[[], PreTrainedConfig]]:
+    """Models that are not of the Llama family, and one that only looks so."""
+    names = ("mixtral", "olmo2", "phi, partial rotary", "gpt-neox, partial rotary")
+    return {name: SERVED[name] for name in names} | {
+        "granite, scaled residuals": lambda: hf.GraniteConfig(**SIZES, residual_multiplier=0.5)
+    }
+
+
 def refused(path: Path, why: str) -> None:
     with pytest.raises(UnservableModel, match=why) as refusal:
         loaded(path)
@@ -201,13 +211,39 @@ def test_the_checks_hold_in_half_precision(tmp_path: Path, name: str, dtype: tor
         loaded(save(tmp_path / "cohere", hf.CohereConfig(**SIZES)), dtype)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama3 rope", "mistral", "qwen2", "qwen3", "gemma"])
+def test_the_llama_family_runs_on_the_fast_backend(tmp_path: Path, name: str) -> None:
+    assert isinstance(loaded(save(tmp_path, SERVED[name]())).backend, Cpu)
+
+
+@pytest.mark.parametrize("name", by_own_modules())
+def test_others_run_in_their_own_modules(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, by_own_modules()[name]())
+    assert isinstance(loaded(path).backend, Reference)
+    with pytest.raises(UnservableModel, match="cannot run on backend cpu with fp32 weights: ") as refusal:
+        load(path, torch.device("cpu"), torch.float32, torch.float32, backend="cpu")
+    assert "\n" not in refusal.value.message
+
+
+def test_a_backend_is_taken_by_name(tmp_path: Path) -> None:
+    path, cpu, wide = save(tmp_path, tiny.config()), torch.device("cpu"), torch.float32
+    assert isinstance(load(path, cpu, wide, wide, backend="reference").backend, Reference)
+    assert not load(path, cpu, wide, wide, weights="int8").exact
+    with pytest.raises(UnservableModel, match="backend reference keeps weights as they are, and not as int8"):
+        load(path, cpu, wide, wide, backend="reference", weights="int8")
+    with pytest.raises(UnservableModel, match="computes on a GPU, and not on cpu"):
+        load(path, cpu, wide, wide, backend="cuda")
+    with pytest.raises(UnservableModel, match="computes in float32"):
+        load(path, cpu, torch.bfloat16, torch.bfloat16, backend="cpu")
+
+
 def test_what_is_known_of_a_model(tmp_path: Path) -> None:
     model = loaded(save(tmp_path, tiny.config(head_dim=16)))
     assert (model.architecture, model.query_heads) == ("LlamaForCausalLM", 4)
     assert (model.geometry.layers, model.geometry.kv_heads, model.geometry.head_dim) == (2, 2, 16)
     assert (model.rotary.max_positions, model.tokenizer.vocab_size) == (1024, 259)
     assert model.eos_token_ids == (2,)
-    assert not model.model.training
+    assert isinstance(model.backend, Cpu)
 
 
 # broken directories

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from apiary_server.model.attention import NAME
+from apiary_server.model.backends import Reference
+from apiary_server.model.backends.reference import NAME
 from apiary_server.model.runner import Piece, Runner
 from apiary_server.sessions.pool import Geometry, Lease, Pool, SlotLayout
 from buzz import Cache, Rotary, parse
@@ -52,9 +53,9 @@ class Worker:
         self.geometry = Geometry(2, 2, model.config.head_dim, dtype)
         self.rotary = Rotary(model.model.rotary_emb.inv_freq.detach().clone(), 1024)
         default = SlotLayout(self.geometry, CAPACITY, states=1)
-        self.pool = Pool(self.geometry, 8 * 2**20, default, 3, 2 * CAPACITY, torch.device("cpu"))
+        self.pool = Pool(self.geometry, 8 * 2**20, default, 3, 2 * CAPACITY, model.device)
         self.pool._arena.fill_(0xFF)  # NaN in every dtype
-        self.runner = Runner(model)
+        self.runner = Runner(Reference(model))
 
     def session(self, policy: str, *, workspace: bool = False) -> tuple[Cache, Lease]:
         chosen = parse(policy)

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 
 from apiary_server import errors
 from apiary_server.engine.delivery import Delivery, TokenStream
+from apiary_server.engine.places import Place, Places
 from apiary_server.engine.request import Messages, Text, TokenIds, TurnRequest
 from apiary_server.engine.result import Capacity, Delta, FinishReason, ModelInfo, TokenLogprob, Usage
 from apiary_server.sessions.info import SessionInfo, State
@@ -50,8 +51,9 @@ CAPACITY = Capacity(*range(1, 17))
 class FakeEngine:
     """The interface of `apiary_server.engine.engine.Engine`, with threads that answer at a set pace.
 
-    Set `refusal` to have `open` raise, `failure` to have answers end in it after their first token, `count`
-    and `pace` (seconds) for the answers' tokens, and `admission` (seconds) for how long `open` takes.
+    Set `full` to have `reserve` refuse, `refusal` to have `open` raise, `failure` to have answers end in it
+    after their first token, `count` and `pace` (seconds) for the answers' tokens, and `admission` (seconds)
+    for how long `open` takes.
     """
 
     def __init__(self) -> None:
@@ -59,6 +61,8 @@ class FakeEngine:
         self.sessions = FakeSessions()
         self.healthy = True
         self.on_unhealthy: Callable[[], None] | None = None
+        self.full = False
+        self.places = Places()
         self.refusal: Exception | None = None
         self.failure: errors.ApiaryError | None = None
         self.count, self.pace, self.admission = 4, 0.0, 0.0
@@ -84,7 +88,13 @@ class FakeEngine:
         while self.running:
             time.sleep(0.01)
 
-    def open(self, request: TurnRequest, stream: TokenStream) -> None:
+    def reserve(self, tenant: str) -> Place:
+        if self.full:
+            raise errors.QueueFull("the queue is full", retry_after=2.5)
+        return self.places.take(tenant, lambda _tenant, _taken: None)
+
+    def open(self, request: TurnRequest, stream: TokenStream, place: Place) -> None:
+        place.release()
         self.opening.set()
         time.sleep(self.admission)
         if self.refusal is not None:

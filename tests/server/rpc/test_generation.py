@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator
 
@@ -171,6 +172,20 @@ async def test_leaving_while_the_turn_is_opened_drops_it(
     await asyncio.to_thread(engine.opening.wait, 5)
     call.cancel()
     assert await asyncio.to_thread(engine.dropped.wait, 2)
+
+
+async def test_a_refusal_that_nobody_is_left_to_hear_is_no_error(
+    stub: GenerationServiceStub, engine: FakeEngine
+) -> None:
+    reported: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    engine.admission, engine.refusal = 0.3, errors.InvalidField([("text", "too long")])
+    call = stub.StreamGenerate(HI)
+    await asyncio.to_thread(engine.opening.wait, 5)
+    call.cancel()
+    await asyncio.sleep(0.6)
+    gc.collect()  # asyncio reports when the task is collected
+    assert not reported
 
 
 async def test_a_deadline_drops_the_turn(stub: GenerationServiceStub, engine: FakeEngine) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from apiary_client.cli.bench import quality, serve
+from apiary_client.cli.bench import engine, interference, quality, roofline, serve
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 
@@ -15,4 +15,7 @@ def bench() -> None:
 
 
 serve.register(app)
+engine.register(app)
+roofline.register(app)
+interference.register(app)
 quality.register(app)

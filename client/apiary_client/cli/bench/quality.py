@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 
 from apiary_client.cli import console
 from apiary_client.cli.bench.bars import Bars
+from apiary_client.cli.bench.options import Weights, numbers
 from apiary_client.cli.server_extra import server_extra
-
-_Number = TypeVar("_Number", int, float)
 
 
 def register(app: typer.Typer) -> None:
@@ -56,6 +55,7 @@ def quality(
     model: Annotated[str, typer.Option(metavar="NAME|PATH", help="A pulled model or a directory.")] = (
         "smollm2-135m"
     ),
+    weights: Weights = None,
     entries: Annotated[
         str, typer.Option(metavar="N,...", help="Average entries that policies are matched to.")
     ] = "564",
@@ -81,8 +81,8 @@ def quality(
     reference.
     """
     with server_extra("bench"):
-        from apiary_bench import document
-        from apiary_bench.quality import plots as pictures
+        from apiary_bench import document, pictures
+        from apiary_bench.quality import plots as figures
         from apiary_bench.quality import record, tables
         from apiary_bench.quality.journal import Journal
         from apiary_bench.quality.report import sections
@@ -96,8 +96,9 @@ def quality(
             policies=tuple(_specs(policies)),
             limit=limit,
             model=model,
-            entries=tuple(_numbers("--entries", entries, int)),
-            ratios=tuple(_numbers("--ratio", ratio, float)),
+            weights=weights or "fp32",
+            entries=tuple(numbers("--entries", entries, int)),
+            ratios=tuple(numbers("--ratio", ratio, float)),
             match=None if unmatched else _match(match),
             baseline=baseline,
             seed=seed,
@@ -120,7 +121,7 @@ def quality(
         if json is not None:
             document.write(json, record.document(settings, found))
         if plots is not None:
-            pictures.draw(plots, ready, results, found)
+            figures.draw(plots, ready, results, found)
 
 
 def report(
@@ -138,7 +139,7 @@ def report(
     """Print the tables of finished quality runs again; nothing is measured.
 
     Several runs are joined: policies of the same task, budget and documents stand in one table, and are
-    compared with each other.
+    compared with each other. Runs with fp32 and with int8 weights can be joined, too.
     """
     with server_extra("bench"):
         from apiary_bench.quality import record, tables
@@ -172,11 +173,3 @@ def _specs(values: Sequence[str] | None) -> list[str]:
 
 def _listed(values: Sequence[str] | None) -> list[str]:
     return [part.strip() for value in values or () for part in value.split(",")]
-
-
-def _numbers(option: str, text: str, kind: type[_Number]) -> list[_Number]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        console.fail(f"{option} takes {what}, one or several with commas between, not {text!r}", code=2)

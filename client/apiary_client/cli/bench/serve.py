@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +11,7 @@ import typer
 from apiary_client import aio
 from apiary_client.cli import console
 from apiary_client.cli.bench.bars import Bars
+from apiary_client.cli.bench.stopping import cancel_on_signals
 from apiary_client.cli.options import (
     DEFAULT_TARGET,
     Policy,
@@ -166,13 +165,7 @@ def serve(
 async def _run(workload: Workload, connect: Connect) -> Run:
     from apiary_bench.serving import generator
 
-    task = asyncio.current_task()
-    if task is not None:
-        with suppress(NotImplementedError):  # not on every platform
-            # The end that others set, such as `timeout`, must not leave sessions behind either. SIGINT is
-            # named since processes that shells start in the background inherit that it is ignored.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    cancel_on_signals()
     with Bars() as bars:
         return await generator.run(workload, connect, bars)
 

@@ -1,0 +1,1 @@
+"""The bare engine, without gRPC: `apiary bench engine`."""

@@ -1,0 +1,43 @@
+"""Decoders on a CPU."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from apiary_server.model.attention import Batch
+from apiary_server.model.backends.cpu.operations import fastest
+from apiary_server.model.decoder import Decoder, ForeignStructure
+
+
+class Cpu:
+    """As `Backend`, for the Llama family in float32.
+
+    Args:
+        model: it is not changed, and may be dropped afterwards.
+        weights: `fp32`, or `int8` for a quarter of the memory traffic.
+
+    Raises:
+        ForeignStructure: it is another kind of model, or not float32 on a CPU.
+    """
+
+    def __init__(self, model: PreTrainedModel, weights: Literal["fp32", "int8"]) -> None:
+        if model.device.type != "cpu" or model.dtype != torch.float32:
+            raise ForeignStructure(
+                f"the backend cpu computes in float32, and not in {model.dtype} on {model.device}"
+            )
+        self._decoder = Decoder.of(model, fastest(weights))
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
+        return self._decoder.forward(tokens, positions, keep, batch)

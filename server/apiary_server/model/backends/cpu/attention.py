@@ -1,0 +1,220 @@
+"""Attention by our own kernels, `decode.c` and `chunk.c`, on the threads of torch."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from apiary_server.model.attention import ChunkRun, DecodeRun, chunk, decode
+from apiary_server.model.backends.cpu.library import library
+from buzz import MAX_STATES
+
+_CACHES = (torch.float32, torch.bfloat16)
+
+
+class _State(ctypes.Structure):
+    _fields_ = (
+        ("into", c_void_p),
+        ("layer", c_int64),
+        ("row", c_int64),
+        ("head", c_int64),
+        ("votes", c_int64),
+        ("decay", c_float),
+    )
+
+
+class _Decode(ctypes.Structure):
+    """As in `decode.c`."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("layer", "rows", "kv_heads", "group", "dim", "bfloat16", "states")),
+        ("queries", c_void_p),
+        ("query_row", c_int64),
+        ("new_keys", c_void_p),
+        ("new_values", c_void_p),
+        ("new_key_row", c_int64),
+        ("new_value_row", c_int64),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("cache_layer", c_int64),
+        ("cache_row", c_int64),
+        ("cache_head", c_int64),
+        ("lengths", c_void_p),
+        ("seen", c_void_p),
+        ("output", c_void_p),
+        ("longest", c_int64),
+        ("scale", c_float),
+        ("log_n", c_float),
+        ("state", _State * MAX_STATES),
+    )
+
+
+class _Chunk(ctypes.Structure):
+    """As in `chunk.c`."""
+
+    _fields_ = (
+        *(
+            (name, c_int64)
+            for name in ("layer", "tokens", "entries", "kv_heads", "group", "dim", "bfloat16", "states")
+        ),
+        ("queries", c_void_p),
+        ("query_row", c_int64),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("cache_head", c_int64),
+        ("output", c_void_p),
+        ("seen", c_int64),
+        ("scale", c_float),
+        ("log_n", c_float),
+        ("state", _State * MAX_STATES),
+    )
+
+
+class Decode:
+    """`apiary_server.model.attention.decode`, in one pass over each cache.
+
+    Raises:
+        OSError: the kernel was not built.
+    """
+
+    def __init__(self) -> None:
+        self._attend = library("decode").apiary_attend_decode
+        self._attend.argtypes, self._attend.restype = [POINTER(_Decode)], c_int
+        self._run: DecodeRun | None = None  # whose layers are computed now
+        self._task: _Decode | None = None
+        self._lengths = torch.empty(0)
+
+    def __call__(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
+    ) -> Tensor:
+        """As `decode`.
+
+        Raises:
+            MemoryError: there is none for one head's weights.
+        """
+        if run is not self._run:
+            self._run, self._lengths = run, run.entries + 1
+            self._task = self._prepared(queries, keys, values, scale, run)
+        task = self._task
+        if task is None:
+            return decode(layer, queries, keys, values, scale, run)
+        output = torch.empty(queries.shape)
+        task.layer = layer
+        task.queries = queries.data_ptr()
+        task.output = output.data_ptr()
+        if run.cache.packed is not None and run.cache.packed.most > 0:
+            keys, values = run.cache.extend_each(layer, run.entries, run.most, keys, values)
+            task.keys, task.values = keys.data_ptr(), values.data_ptr()
+            task.cache_layer, task.cache_row, task.cache_head = 0, keys.stride(0), keys.stride(1)
+        else:
+            task.new_keys, task.new_values = keys.data_ptr(), values.data_ptr()
+        if self._attend(byref(task)):
+            raise MemoryError(f"no memory for the weights of {run.most} entries")
+        return output
+
+    def _prepared(
+        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
+    ) -> _Decode | None:
+        """What is the same in all layers; None: the kernel does not read such tensors."""
+        if not _fit(queries, keys, values, run):
+            return None
+        cache = run.cache
+        return _Decode(
+            rows=len(queries),
+            kv_heads=keys.shape[1],
+            group=queries.shape[1] // keys.shape[1],
+            dim=queries.shape[2],
+            bfloat16=cache.keys.dtype == torch.bfloat16,
+            states=len(run.states),
+            query_row=queries.stride(0),
+            new_key_row=keys.stride(0),
+            new_value_row=values.stride(0),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            cache_layer=cache.keys.stride(1),
+            cache_row=cache.keys.stride(0),
+            cache_head=cache.keys.stride(2),
+            lengths=self._lengths.data_ptr(),
+            seen=run.seen.data_ptr(),
+            longest=run.most,
+            scale=scale,
+            log_n=run.log_n or 0,
+            state=_states(run),
+        )
+
+
+class Chunk:
+    """`apiary_server.model.attention.chunk`, tile by tile.
+
+    Raises:
+        OSError: the kernel was not built.
+    """
+
+    def __init__(self) -> None:
+        self._attend = library("chunk").apiary_attend_chunk
+        self._attend.argtypes, self._attend.restype = [POINTER(_Chunk)], c_int
+
+    def __call__(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: ChunkRun
+    ) -> Tensor:
+        """As `chunk`.
+
+        Raises:
+            MemoryError: there is none for a tile's weights.
+        """
+        if not _fit(queries, keys, values, run):
+            return chunk(layer, queries, keys, values, scale, run)
+        new = (part.transpose(0, 1) for part in (keys, values))
+        cache_keys, cache_values = run.cache.extend(layer, run.entries, *new)
+        tokens, query_heads, dim = queries.shape
+        kv_heads = keys.shape[1]
+        output = torch.empty(queries.shape)
+        task = _Chunk(
+            layer=layer,
+            tokens=tokens,
+            entries=run.total,
+            kv_heads=kv_heads,
+            group=query_heads // kv_heads,
+            dim=dim,
+            bfloat16=cache_keys.dtype == torch.bfloat16,
+            states=len(run.states),
+            queries=queries.data_ptr(),
+            query_row=queries.stride(0),
+            keys=cache_keys.data_ptr(),
+            values=cache_values.data_ptr(),
+            cache_head=cache_keys.stride(0),
+            output=output.data_ptr(),
+            seen=run.seen,
+            scale=scale,
+            log_n=run.log_n or 0,
+            state=_states(run),
+        )
+        if self._attend(byref(task)):
+            raise MemoryError(f"no memory for the weights of {run.total} entries")
+        return output
+
+
+def _states(run: DecodeRun | ChunkRun) -> ctypes.Array[_State]:
+    """What a run records: states are `[layers, kv_heads, entries]`, of several sessions with rows before."""
+    states = (_State * MAX_STATES)()
+    for state, into in zip(run.states, states, strict=False):
+        tensor = run.cache.state[state.name]
+        into.into = tensor.data_ptr()
+        into.layer, into.head = tensor.stride(-3), tensor.stride(-2)
+        into.row = tensor.stride(0) if tensor.dim() == 4 else 0
+        into.votes, into.decay = state.kind == "vote", state.decay
+    return states
+
+
+def _fit(queries: Tensor, keys: Tensor, values: Tensor, run: DecodeRun | ChunkRun) -> bool:
+    """Whether the kernels read such tensors."""
+    dim, cache = queries.shape[-1], run.cache
+    return (
+        all(part.dtype == torch.float32 and part.stride()[1:] == (dim, 1) for part in (queries, keys, values))
+        and cache.keys.dtype in _CACHES
+        and len(run.states) <= MAX_STATES
+        and all(state.element_size() == 4 for state in cache.state.values())
+    )

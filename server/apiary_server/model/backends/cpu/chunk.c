@@ -1,0 +1,231 @@
+/* Attention of a session's new tokens, many at once, to its cache and to each other.
+
+   A piece of work is a tile of neighbouring tokens of one KV head: their logits as products of register
+   blocks, softmax, what policies record, and the weighted sums of values, while the tile's weights are in the
+   processor's cache. Tiles record apart, and a second pass adds that up in order. */
+
+#include "kernels.h"
+
+#include <stdlib.h>
+
+enum { LANES = 16, KEYS = 2 * LANES, DOTS = 8, SUMS = 6, WIDTH = 4 * LANES, TILE = 16, FLOATS = 1 << 18 };
+
+typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4)));
+
+/* Strides count elements. The last dimension of all tensors is contiguous. */
+typedef struct {
+    int64_t layer, tokens, entries, kv_heads, group, dim, bfloat16, states; /* entries: the tokens' included */
+    const float *queries; /* [tokens, kv_heads * group, dim] */
+    int64_t query_row;
+    const void *keys, *values; /* [kv_heads, entries, dim] */
+    int64_t cache_head;
+    float *output; /* [tokens, kv_heads * group, dim], contiguous */
+    int64_t seen;
+    float scale;
+    float log_n; /* 0: none */
+    State state[MOST_STATES];
+} Chunk;
+
+typedef struct {
+    int64_t head, first, tokens, view, stride, vectors; /* view: entries that the last token sees */
+    const float *keys; /* of the head, in blocks of KEYS, channel by channel */
+    float *queries, *output, *weights;
+} Tile;
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t sees(const Chunk *task, int64_t token) { return task->entries - task->tokens + token + 1; }
+
+/* A head's keys [first, first + KEYS), channel by channel; zeros behind the last. */
+FOR_EACH_PROCESSOR static void transpose(const Chunk *task, int64_t head, int64_t first, float *restrict into) {
+    int64_t dim = task->dim, from = head * task->cache_head + first * dim;
+    int64_t count = smaller(KEYS, task->entries - first);
+    for (int64_t d = 0; d < dim; d++)
+        for (int64_t k = 0; k < KEYS; k++)
+            into[d * KEYS + k] = k < count ? element(task->keys, from + k * dim + d, task->bfloat16) : 0;
+}
+
+/* weights[v, :KEYS] = queries[v] . keys, for `count` of at most DOTS vectors. */
+INLINE void dots(const int count, int64_t dim, const float *restrict queries, const float *restrict keys,
+                 float *restrict weights, int64_t stride) {
+    Lanes sums[DOTS][2];
+#pragma GCC unroll 8
+    for (int v = 0; v < count; v++) sums[v][0] = sums[v][1] = (Lanes){0};
+    for (int64_t d = 0; d < dim; d++) {
+        Lanes low = *(const Lanes *)(keys + d * KEYS), high = *(const Lanes *)(keys + d * KEYS + LANES);
+#pragma GCC unroll 8
+        for (int v = 0; v < count; v++) {
+            sums[v][0] += queries[v * dim + d] * low;
+            sums[v][1] += queries[v * dim + d] * high;
+        }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < count; v++) {
+        *(Lanes *)(weights + v * stride) = sums[v][0];
+        *(Lanes *)(weights + v * stride + LANES) = sums[v][1];
+    }
+}
+
+/* output[v, :WIDTH] = sum of weights[v, j] * values[j, first:], for `count` of at most SUMS vectors. */
+INLINE void sums(const int count, const int bfloat16, int64_t view, int64_t dim, const float *restrict weights,
+                 int64_t stride, const void *restrict values, int64_t first, float *restrict output) {
+    Lanes sums[SUMS][4];
+#pragma GCC unroll 6
+    for (int v = 0; v < count; v++) sums[v][0] = sums[v][1] = sums[v][2] = sums[v][3] = (Lanes){0};
+    for (int64_t j = 0; j < view; j++) {
+        Lanes part[4];
+        if (bfloat16) {
+            float wide[WIDTH];
+            for (int d = 0; d < WIDTH; d++) wide[d] = element(values, j * dim + first + d, 1);
+            memcpy(part, wide, sizeof part);
+        } else {
+            memcpy(part, (const float *)values + j * dim + first, sizeof part);
+        }
+#pragma GCC unroll 6
+        for (int v = 0; v < count; v++)
+#pragma GCC unroll 4
+            for (int p = 0; p < 4; p++) sums[v][p] += weights[v * stride + j] * part[p];
+    }
+#pragma GCC unroll 6
+    for (int v = 0; v < count; v++) memcpy(output + v * dim, sums[v], sizeof sums[v]);
+}
+
+/* What is left of channels that WIDTH does not divide. */
+INLINE void narrow_sums(int64_t vectors, int bfloat16, int64_t view, int64_t dim, const float *weights, int64_t stride,
+                        const void *values, int64_t first, float *restrict output) {
+    for (int64_t v = 0; v < vectors; v++)
+        for (int64_t d = first; d < dim; d++) {
+            float sum = 0;
+            for (int64_t j = 0; j < view; j++) sum += weights[v * stride + j] * element(values, j * dim + d, bfloat16);
+            output[v * dim + d] = sum;
+        }
+}
+
+INLINE void record_tile(const Chunk *task, const Tile *tile, const State *state, float *restrict into) {
+    for (int64_t j = 0; j < tile->view; j++) into[j] = 0;
+    for (int64_t t = 0; t < tile->tokens; t++) {
+        const float *restrict weights = tile->weights + t * task->group * tile->stride;
+        int64_t view = sees(task, tile->first + t);
+        if (state->votes) { /* into: the tile's last token to which the entry mattered, plus one */
+            for (int64_t g = 0; g < task->group; g++)
+                for (int64_t j = 0; j < view; j++)
+                    into[j] = weights[g * tile->stride + j] * (float)view >= 1.0f ? (float)(t + 1) : into[j];
+        } else {
+            float decay = state->decay;
+            if (decay != 1.0f)
+                for (int64_t j = 0; j < tile->view; j++) into[j] *= decay;
+            for (int64_t g = 0; g < task->group; g++)
+                for (int64_t j = 0; j < view; j++) into[j] += weights[g * tile->stride + j];
+        }
+    }
+}
+
+INLINE void load_queries(const Chunk *task, const Tile *tile) {
+    for (int64_t t = 0; t < tile->tokens; t++) {
+        int64_t token = tile->first + t;
+        float scale = task->scale;
+        if (task->log_n) scale *= fmaxf(1.0f, logf((float)sees(task, token)) / logf(task->log_n));
+        const float *from = task->queries + token * task->query_row + tile->head * task->group * task->dim;
+        for (int64_t i = 0; i < task->group * task->dim; i++)
+            tile->queries[t * task->group * task->dim + i] = from[i] * scale;
+    }
+}
+
+FOR_EACH_PROCESSOR static void work(const Chunk *task, const Tile *tile, float *recorded) {
+    float *output = tile->output;
+    int64_t dim = task->dim, stride = tile->stride, size = task->bfloat16 ? 2 : 4, v;
+    const char *values = (const char *)task->values + tile->head * task->cache_head * size;
+    load_queries(task, tile);
+    for (int64_t first = 0; first < tile->view; first += KEYS) {
+        const float *keys = tile->keys + first * dim;
+        for (v = 0; v + DOTS <= tile->vectors; v += DOTS)
+            dots(DOTS, dim, tile->queries + v * dim, keys, tile->weights + v * stride + first, stride);
+        for (; v < tile->vectors; v++)
+            dots(1, dim, tile->queries + v * dim, keys, tile->weights + v * stride + first, stride);
+    }
+    for (v = 0; v < tile->vectors; v++) {
+        int64_t view = sees(task, tile->first + v / task->group);
+        softmax(tile->weights + v * stride, view, 1.0f);
+        for (int64_t j = view; j < tile->view; j++) tile->weights[v * stride + j] = 0;
+    }
+    for (int64_t s = 0; s < task->states; s++)
+        record_tile(task, tile, &task->state[s], recorded + s * task->entries);
+    int64_t first = 0;
+#define SUM(COUNT, BFLOAT16)                                                                                        \
+    sums(COUNT, BFLOAT16, tile->view, dim, tile->weights + v * stride, stride, values, first, output + v * dim + first)
+    for (; first + WIDTH <= dim; first += WIDTH) {
+        for (v = 0; v + SUMS <= tile->vectors; v += SUMS) task->bfloat16 ? SUM(SUMS, 1) : SUM(SUMS, 0);
+        for (; v < tile->vectors; v++) task->bfloat16 ? SUM(1, 1) : SUM(1, 0);
+    }
+#undef SUM
+    if (first < dim)
+        narrow_sums(tile->vectors, task->bfloat16, tile->view, dim, tile->weights, stride, values, first, output);
+    for (int64_t t = 0; t < tile->tokens; t++)
+        memcpy(task->output + ((tile->first + t) * task->kv_heads + tile->head) * task->group * dim,
+               output + t * task->group * dim, sizeof(float) * task->group * dim);
+}
+
+/* Adds to a head's state what the tiles recorded, `[tiles, states, entries]`, in their order. */
+FOR_EACH_PROCESSOR static void add_up(const Chunk *task, int64_t head, int64_t s, int64_t tile_tokens,
+                                      const float *recorded) {
+    const State *state = &task->state[s];
+    for (int64_t first = 0; first < task->tokens; first += tile_tokens, recorded += task->states * task->entries) {
+        const float *restrict from = recorded + s * task->entries;
+        int64_t tokens = smaller(tile_tokens, task->tokens - first), view = sees(task, first + tokens - 1);
+        if (state->votes) {
+            int32_t *restrict last = (int32_t *)state->into + task->layer * state->layer + head * state->head;
+            for (int64_t j = 0; j < view; j++)
+                last[j] = from[j] > 0 ? (int32_t)(task->seen + first - 1) + (int32_t)from[j] : last[j];
+        } else {
+            float *restrict mass = (float *)state->into + task->layer * state->layer + head * state->head;
+            float decay = powf(state->decay, (float)tokens);
+            for (int64_t j = 0; j < view; j++) mass[j] = mass[j] * decay + from[j];
+        }
+    }
+}
+
+/* Returns 0, or 1 where there was no memory. */
+int apiary_attend_chunk(const Chunk *task) {
+    int64_t most = FLOATS / (task->group * task->entries), dim = task->dim;
+    int64_t tokens = most < 1 ? 1 : smaller(most, TILE), tiles = (task->tokens + tokens - 1) / tokens;
+    int64_t stride = (task->entries + KEYS - 1) / KEYS * KEYS, vectors = tokens * task->group;
+    int64_t kept = task->states * task->entries;
+    float *recorded = malloc(sizeof(float) * (task->kv_heads * tiles * kept + 1));
+    float *keys = malloc(sizeof(float) * task->kv_heads * stride * dim);
+    int failed = recorded == NULL || keys == NULL;
+#pragma omp parallel reduction(| : failed)
+    {
+        float *memory = malloc(sizeof(float) * vectors * (stride + 2 * dim));
+        failed |= memory == NULL || recorded == NULL || keys == NULL;
+#pragma omp for collapse(2)
+        for (int64_t head = 0; head < task->kv_heads; head++)
+            for (int64_t first = 0; first < stride; first += KEYS)
+                if (!failed) transpose(task, head, first, keys + (head * stride + first) * dim);
+#pragma omp for schedule(dynamic)
+        for (int64_t item = task->kv_heads * tiles - 1; item >= 0; item--) { /* those that see most come first */
+            if (failed) continue;
+            int64_t tile = item / task->kv_heads, head = item % task->kv_heads, first = tile * tokens;
+            int64_t here = smaller(tokens, task->tokens - first);
+            Tile piece = {
+                .head = head,
+                .first = first,
+                .tokens = here,
+                .view = sees(task, first + here - 1),
+                .stride = stride,
+                .vectors = here * task->group,
+                .keys = keys + head * stride * dim,
+                .queries = memory + vectors * stride,
+                .output = memory + vectors * (stride + dim),
+                .weights = memory,
+            };
+            work(task, &piece, recorded + (head * tiles + tile) * kept);
+        }
+#pragma omp for collapse(2)
+        for (int64_t head = 0; head < task->kv_heads; head++)
+            for (int64_t s = 0; s < task->states; s++)
+                if (!failed) add_up(task, head, s, tokens, recorded + head * tiles * kept);
+        free(memory);
+    }
+    free(recorded);
+    free(keys);
+    return failed;
+}

@@ -1,0 +1,57 @@
+/* What all kernels share. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__linux__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+
+/* Cephes' polynomial of 2^x for what is left of the exponent; to 2 units in the last place. */
+INLINE float exponential(float x) {
+    x *= 1.44269504f;
+    x = x < -126.0f ? -126.0f : x > 127.0f ? 127.0f : x;
+    float whole = floorf(x), part = x - whole, power = 1.535336188e-4f;
+    power = power * part + 1.339887440e-3f;
+    power = power * part + 9.618437358e-3f;
+    power = power * part + 5.550332472e-2f;
+    power = power * part + 2.402264791e-1f;
+    power = power * part + 6.931472029e-1f;
+    power = power * part + 1.0f;
+    int32_t bits = ((int32_t)whole + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return power * scale;
+}
+
+enum { MOST_STATES = 2 };
+
+typedef struct {
+    void *into; /* [.., kv_heads, entries]: float masses, or int32 votes */
+    int64_t layer, row, head; /* strides */
+    int64_t votes;
+    float decay;
+} State;
+
+INLINE float element(const void *memory, int64_t at, int bfloat16) {
+    if (!bfloat16) return ((const float *)memory)[at];
+    uint32_t bits = (uint32_t)((const uint16_t *)memory)[at] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE void softmax(float *restrict logits, int64_t entries, float scale) {
+    float most = logits[0], sum = 0;
+    for (int64_t j = 0; j < entries; j++) most = logits[j] > most ? logits[j] : most;
+    for (int64_t j = 0; j < entries; j++) {
+        logits[j] = exponential((logits[j] - most) * scale);
+        sum += logits[j];
+    }
+    float factor = 1.0f / sum;
+    for (int64_t j = 0; j < entries; j++) logits[j] *= factor;
+}

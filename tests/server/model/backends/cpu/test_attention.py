@@ -1,0 +1,195 @@
+"""The compiled kernels against the same in torch operations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from apiary_server.model.attention import ChunkRun, DecodeRun, chunk, decode
+from apiary_server.model.backends.cpu.attention import Chunk, Decode
+from buzz import Buffers, State
+
+LAYERS, CAPACITY = 2, 170
+LENGTHS = [1, 2, 17, CAPACITY - 1]  # before the new entry
+MASS, FADING, VOTES = State("mass"), State("fading", decay=0.9), State("votes", kind="vote")
+# query heads, KV heads, channels: some compiled for, some not
+SHAPES = [
+    (9, 3, 64),
+    (4, 4, 128),
+    (14, 2, 64),
+    (12, 2, 64),
+    (32, 8, 128),
+    (2, 2, 64),
+    (4, 2, 128),
+    (10, 2, 40),
+]
+SHAPES += [(3, 1, 256), (1, 1, 8), (5, 1, 72)]
+
+
+def memory(kv_heads: int, dim: int, dtype: torch.dtype, states: tuple[State, ...]) -> Buffers:
+    """Random entries, and garbage behind them."""
+    shape = (len(LENGTHS), LAYERS, kv_heads, CAPACITY)
+    keys, values = torch.randn(2, *shape, dim)
+    for row, length in enumerate(LENGTHS):
+        keys[row, :, :, length:] = math.nan
+        values[row, :, :, length:] = math.inf
+    named = {state.name: torch.randint(50, shape).to(state.dtype) for state in states}
+    return Buffers(keys.to(dtype), values.to(dtype), torch.zeros(shape, dtype=torch.int32), named)
+
+
+def copy(buffers: Buffers) -> Buffers:
+    state = {name: tensor.clone() for name, tensor in buffers.state.items()}
+    return replace(buffers, keys=buffers.keys.clone(), values=buffers.values.clone(), state=state)
+
+
+def run_of(cache: Buffers, states: tuple[State, ...], log_n: int | None) -> DecodeRun:
+    seen = torch.tensor([100 * length for length in LENGTHS])
+    return DecodeRun(slice(0, 4), cache, torch.tensor(LENGTHS), seen, CAPACITY, states, log_n)
+
+
+def heads_of(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as the decoder has them: parts of wider rows."""
+    query_heads, kv_heads, dim = shape
+    rows = torch.randn(len(LENGTHS), query_heads + kv_heads, dim)
+    queries, keys = rows.split((query_heads, kv_heads), dim=1)
+    return queries, keys, torch.randn(len(LENGTHS), 3 + kv_heads, dim)[:, 3:]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("states", "log_n"), [((), None), ((MASS,), None), ((FADING, VOTES), 8), ((VOTES, MASS), None)]
+)
+def test_it_does_what_torch_operations_do(
+    shape: tuple[int, int, int], dtype: torch.dtype, states: tuple[State, ...], log_n: int | None
+) -> None:
+    torch.manual_seed(0)
+    queries, keys, values = heads_of(shape)
+    before = memory(*shape[1:], dtype, states)
+    ours, theirs = copy(before), copy(before)
+    layer, scale = 1, shape[2] ** -0.5
+    found = Decode()(layer, queries, keys, values, scale, run_of(ours, states, log_n))
+    expected = decode(layer, queries, keys, values, scale, run_of(theirs, states, log_n))
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for name in ("keys", "values"):
+        assert torch.equal(getattr(ours, name).nan_to_num(7), getattr(theirs, name).nan_to_num(7))
+    for row, length in enumerate(LENGTHS):
+        for name, state in ours.state.items():
+            live, twin = (t[row, layer, :, : length + 1] for t in (state, theirs.state[name]))
+            assert torch.allclose(live, twin, rtol=1e-5, atol=1e-5)
+            beyond = state[row, layer, :, length + 1 :]
+            assert torch.equal(beyond, before.state[name][row, layer, :, length + 1 :])
+            assert torch.equal(state[:, 0], before.state[name][:, 0]), "another layer was touched"
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    torch.manual_seed(0)
+    queries, keys, values = heads_of((9, 3, 64))
+    cache = memory(3, 64, torch.float32, (MASS,))
+    together = copy(cache)
+    found = Decode()(0, queries, keys, values, 0.1, run_of(together, (MASS,), None))
+    for row, length in enumerate(LENGTHS):
+        alone = copy(cache)
+        own = Buffers(
+            alone.keys[row : row + 1],
+            alone.values[row : row + 1],
+            alone.position[row : row + 1],
+            {name: state[row : row + 1] for name, state in alone.state.items()},
+        )
+        count = torch.tensor([length])
+        run = DecodeRun(slice(0, 1), own, count, count, length + 1, (MASS,), None)
+        one = Decode()(0, *(part[row : row + 1] for part in (queries, keys, values)), 0.1, run)
+        assert torch.equal(one[0], found[row])
+        assert torch.equal(alone.state["mass"][row], together.state["mass"][row])
+
+
+def test_large_logits_do_not_overflow() -> None:
+    torch.manual_seed(0)
+    queries, keys, values = heads_of((9, 3, 64))
+    cache = memory(3, 64, torch.float32, ())
+    found = Decode()(0, queries * 1e4, keys, values, 10.0, run_of(copy(cache), (), None))
+    expected = decode(0, queries * 1e4, keys, values, 10.0, run_of(copy(cache), (), None))
+    assert found.isfinite().all()
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_other_types_are_left_to_torch_operations() -> None:
+    torch.manual_seed(0)
+    queries, keys, values = (part.double() for part in heads_of((9, 3, 64)))
+    cache = memory(3, 64, torch.float64, (MASS,))
+    twin = copy(cache)
+    found = Decode()(1, queries, keys, values, 0.1, run_of(cache, (MASS,), None))
+    assert torch.equal(found, decode(1, queries, keys, values, 0.1, run_of(twin, (MASS,), None)))
+    assert found.dtype == torch.float64
+
+
+# entries before, new tokens: less and more than a tile, more than one block of keys
+CHUNKS = [(0, 2), (0, 5), (30, 17), (0, 32), (64, 96), (CAPACITY - 3, 3), (3, CAPACITY - 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("states", "log_n"), [((), None), ((MASS,), None), ((FADING, VOTES), 8), ((VOTES, MASS), None)]
+)
+def test_many_tokens_of_a_session(
+    shape: tuple[int, int, int], dtype: torch.dtype, states: tuple[State, ...], log_n: int | None
+) -> None:
+    torch.manual_seed(0)
+    query_heads, kv_heads, dim = shape
+    layer, scale = 1, dim**-0.5
+    for entries, tokens in CHUNKS:
+        all_rows = memory(kv_heads, dim, dtype, states)
+        before = Buffers(
+            torch.randn(LAYERS, kv_heads, CAPACITY, dim).to(dtype),
+            torch.randn(LAYERS, kv_heads, CAPACITY, dim).to(dtype),
+            all_rows.position[0],
+            {name: state[0] for name, state in all_rows.state.items()},
+        )
+        for state in states:  # entries that are new have received nothing
+            before.state[state.name][..., entries:] = 0
+        rows = torch.randn(tokens, query_heads + kv_heads, dim)
+        queries, keys = rows.split((query_heads, kv_heads), dim=1)
+        values = torch.randn(tokens, 3 + kv_heads, dim)[:, 3:]
+        ours, theirs = copy(before), copy(before)
+        found, expected = (
+            attend(
+                layer,
+                queries,
+                keys,
+                values,
+                scale,
+                ChunkRun(slice(5, 5 + tokens), each, entries, 90, states, log_n),
+            )
+            for attend, each in ((Chunk(), ours), (chunk, theirs))
+        )
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+        for name, state in ours.state.items():
+            assert torch.allclose(state, theirs.state[name], rtol=1e-5, atol=1e-5), name
+
+
+def test_a_chunk_does_not_depend_on_how_threads_share_it() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(150, 15, 64)
+    queries, keys, values = rows.split((9, 3, 3), dim=1)
+    memory_of = memory(3, 64, torch.float32, (FADING, VOTES))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        cache = Buffers(
+            torch.zeros(LAYERS, 3, CAPACITY, 64),
+            torch.zeros(LAYERS, 3, CAPACITY, 64),
+            memory_of.position[0],
+            {name: torch.zeros_like(state[0]) for name, state in memory_of.state.items()},
+        )
+        run = ChunkRun(slice(0, 150), cache, 0, 0, (FADING, VOTES), None)
+        found.append((Chunk()(0, queries, keys, values, 0.1, run), *cache.state.values()))
+    torch.set_num_threads(1)
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
