@@ -29,11 +29,11 @@ class Worker:
         queue_limit: int = 100,
         decode_slowdown: float = 1000.0,
         weights: Mapping[str, float] | None = None,
-        slots: int = 100,
+        memory: int = 100,
         seconds: float = 0.05,
         price: float = 0.0,
     ) -> None:
-        self.clock, self.memory = Clock(), Memory(slots)
+        self.clock, self.memory = Clock(), Memory(memory)
         self.scheduler = Scheduler(
             step_tokens, max_running, queue_limit, decode_slowdown, weights or {}, self.clock
         )
@@ -162,11 +162,14 @@ def test_a_prompt_that_waits_for_the_workspace_leaves_its_room_to_others() -> No
 
 
 def test_who_waits_for_memory_is_named_and_nobody_overtakes_it() -> None:
-    worker = Worker(slots=2)  # one is the reserve
+    worker = Worker(memory=4)  # two of these are the reserve
     worker.add(5)
     worker.step()
-    first, _ = worker.add(5), worker.add(5)
-    assert worker.step().blocked is first
+    large, small = worker.add(5, size=2), worker.add(5)
+    plan = worker.step()
+    assert plan.blocked is large
+    assert plan.prefill_tokens == 0
+    assert small in worker.scheduler.waiting
 
 
 # tenants
