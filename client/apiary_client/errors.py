@@ -98,7 +98,8 @@ class ContextFull(ApiaryError):
 
 
 class QueueFull(ApiaryError):
-    """Too many requests wait, and this tenant's are the most for its weight; try again after `retry_after`."""
+    """Too many requests wait, and this tenant's are the most for its weight; try again after
+    `retry_after`."""
 
 
 class BudgetExhausted(ApiaryError):

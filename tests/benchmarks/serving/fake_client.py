@@ -68,7 +68,9 @@ class FakeWorker:
         sessions: tokens of the history of each session, by tenant and name.
     """
 
-    answer: Callable[[str | None, int, int], Sequence[int | Exception]] = lambda _session, _turn, most: [1] * most
+    answer: Callable[[str | None, int, int], Sequence[int | Exception]] = lambda _session, _turn, most: (
+        [1] * most
+    )
     rollback: int = 0
     undeletable: Exception | None = None
     sessions: dict[tuple[str | None, str], int] = field(default_factory=dict)

@@ -216,7 +216,7 @@ def mixed(seed: int) -> World:
         turns=turns,
         memory=memory,
         clock=clock,
-        step_tokens=chance.choice([8, 64, 256]),
+        step_tokens=chance.choice([4, 64, 256]),
         max_running=chance.randint(1, 12),
         queue_limit=chance.choice([2, 5, 100]),
         slowdown=chance.choice([1.0, 1.5, 2.0, 4.0]),

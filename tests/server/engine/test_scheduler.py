@@ -110,6 +110,28 @@ def test_a_step_beside_decode_is_cut_by_its_time(slowdown: float) -> None:
     assert max(plan.prefill_tokens for plan in plans) == pytest.approx(max(16, (slowdown - 1) * 30), rel=0.1)
 
 
+def test_moving_caches_takes_the_time_of_a_step_beside_decode() -> None:
+    """Those who come have their caches parked: bringing one back takes as long as a step."""
+
+    class Parked(FakeTurn):
+        def open(self) -> bool:
+            self.clock.now += 0.05
+            return super().open()
+
+    worker = Worker(decode_slowdown=1.9)
+    worker.add(5)
+    for _ in range(10):
+        worker.step()
+    turns: list[Any] = [Parked("a", 5, 100, worker.clock.now, worker.memory, worker.clock) for _ in range(6)]
+    for turn in turns:
+        assert worker.scheduler.add(turn) is None
+    started = []
+    for _ in range(6):
+        worker.step()
+        started.append(sum(turn.started is not None for turn in turns))
+    assert started == [1, 2, 3, 4, 5, 6]
+
+
 def test_nothing_is_cut_where_nobody_decodes() -> None:
     worker = Worker(step_tokens=256, decode_slowdown=1.0, seconds=0.02, price=0.001)
     worker.add(2000)

@@ -13,11 +13,11 @@ import pytest
 import pytest_asyncio
 import torch
 
+from apiary_client import aio, errors
+from apiary_client.types import Stopping
 from apiary_server.engine.engine import Engine
 from apiary_server.rpc.app import App
 from apiary_server.settings import Settings
-from apiary_client import aio, errors
-from apiary_client.types import Stopping
 
 STEP = 0.6  # seconds, and twice as long for a tokeniser
 SOON = 0.1  # seconds in which a refusal must come
@@ -52,6 +52,13 @@ async def busy(
     await app.stop(0)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, for so long that it must come."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def test_a_full_queue_is_told_while_steps_are_long_and_threads_are_busy(
     busy: tuple[Engine, aio.Client],
 ) -> None:
@@ -67,11 +74,9 @@ async def test_a_full_queue_is_told_while_steps_are_long_and_threads_are_busy(
             await client.tokenize(text="hello")
 
     tasks = [asyncio.create_task(turn()) for _ in range(RUNNING)]
-    while engine.capacity().running_turns < RUNNING:
-        await asyncio.sleep(0.01)
+    await until(lambda: engine.capacity().running_turns == RUNNING)
     tasks += [asyncio.create_task(turn()) for _ in range(QUEUE)]
-    while engine.capacity().queued_turns < QUEUE:
-        await asyncio.sleep(0.01)
+    await until(lambda: engine.capacity().queued_turns == QUEUE)
     tasks += [asyncio.create_task(tokenize()) for _ in range(64)]  # more than there are threads
     await asyncio.sleep(0.1)
     took = []
