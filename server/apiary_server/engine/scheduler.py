@@ -89,9 +89,11 @@ class Scheduler:
             QueueFull: the queue is, and no other tenant has more turns in it for its weight.
         """
         counts = Counter(arriving) + Counter(turn.tenant for turn in tuple(self.waiting))
-        if counts.total() >= self.queue_limit and tenant in self._heaviest(counts + Counter([tenant])):
+        while counts.total() > self.queue_limit:  # those who arrive will have displaced them
+            counts[min(self._heaviest(counts))] -= 1
+        if counts.total() == self.queue_limit and tenant in self._heaviest(counts + Counter([tenant])):
             raise self._full(
-                f"{counts.total()} turns wait, and {self.queue_limit} may; {counts[tenant]} are this tenant's"
+                f"{self.queue_limit} turns may wait, and do; {counts[tenant]} of them are this tenant's"
             )
 
     def add(self, turn: Turn) -> tuple[Turn, QueueFull] | None:

@@ -299,7 +299,7 @@ def test_a_full_queue_refuses_with_a_time() -> None:
     worker.step()
     for _ in range(2):
         worker.add(5)
-    with pytest.raises(QueueFull, match=r"2 turns wait, and 2 may; 2 are this tenant's") as refusal:
+    with pytest.raises(QueueFull, match=r"2 turns may wait, and do; 2 of them are this tenant's") as refusal:
         worker.scheduler.check_queue("a", {})
     assert refusal.value.metadata == {"limit": "2"}
     assert 0 < refusal.value.retry_after <= 1
@@ -321,6 +321,18 @@ def test_turns_on_their_way_count() -> None:
         worker.scheduler.check_queue("a", {"a": 1})
     with pytest.raises(QueueFull):
         worker.scheduler.check_queue("b", {"b": 1})
+
+
+def test_turns_on_their_way_displace_others_no_more_than_their_share() -> None:
+    worker = Worker(queue_limit=4)
+    for _ in range(4):
+        worker.add(5)
+    worker.scheduler.check_queue("b", {"b": 1})
+    with pytest.raises(QueueFull, match=r"4 turns may wait, and do; 2 of them are this tenant's"):
+        worker.scheduler.check_queue("b", {"b": 2})
+    worker.scheduler.check_queue("c", {"b": 2})
+    with pytest.raises(QueueFull):
+        worker.scheduler.check_queue("a", {"b": 2, "c": 1})
 
 
 def test_the_time_to_retry_is_what_a_place_takes() -> None:

@@ -128,7 +128,7 @@ def check_refusal(world: World, turn: FakeTurn) -> None:
     queue = turn.queue + Counter([turn.tenant])
     assert queue.total() > world.queue_limit
     shares = sum(world.weights[tenant] for tenant in queue)
-    assert queue[turn.tenant] >= queue.total() * world.weights[turn.tenant] / shares
+    assert queue[turn.tenant] >= (world.queue_limit + 1) * world.weights[turn.tenant] / shares
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))
