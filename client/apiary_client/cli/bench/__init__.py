@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from apiary_client.cli.bench import quality, serve
+from apiary_client.cli.bench import peers, quality, serve
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 
@@ -16,3 +16,4 @@ def bench() -> None:
 
 serve.register(app)
 quality.register(app)
+peers.register(app)
