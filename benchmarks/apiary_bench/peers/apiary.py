@@ -19,6 +19,8 @@ from apiary_client.errors import ApiaryError, SessionNotFound
 _PATIENCE = 180.0  # seconds to load a model
 _CALL = 30.0  # seconds that a call without a turn may take
 _READY = "ready on "
+_PROGRAM = "from apiary_client.cli import main; main()"
+_LABELS = {"made-by": "apiary bench peers"}
 
 
 class Worker:
@@ -44,11 +46,14 @@ class Worker:
             name = self._name(turn.session)
             if turn.session not in self._sessions:
                 self._sessions.add(turn.session)
-                await self._client.create_session(name, policy=self._policy, timeout=_CALL)
+                await self._client.create_session(
+                    name.removeprefix("sessions/"), policy=self._policy, labels=_LABELS, timeout=_CALL
+                )
             stream = self._client.stream(
                 token_ids=turn.tokens[-turn.fresh :],
                 session=name,
                 stopping=Stopping(max_tokens=turn.output, ignore_eos=True),
+                timeout=None,  # the point that it belongs to has one
             )
             async with aclosing(stream):
                 async for delta in stream:
@@ -78,7 +83,7 @@ class Worker:
         return None if self._process is None else self._process.memory()
 
     def _name(self, session: str) -> str:
-        return f"peers-{self._label}-{session}"
+        return f"sessions/peers-{self._label}-{session}"
 
 
 class Own:
@@ -115,8 +120,13 @@ class Own:
             "--max-running": str(max(64, workload.sessions)),
             "--log-level": "warning",
         }
-        program = "from apiary_client.cli import main; main()"
-        command = [sys.executable, "-c", program, "serve", *(part for flag in flags.items() for part in flag)]
+        command = [
+            sys.executable,
+            "-c",
+            _PROGRAM,
+            "serve",
+            *(part for flag in flags.items() for part in flag),
+        ]
         async with started(self.name, command, self._log, {}) as process:
             target = await _target(process)
             async with aio.Client(target) as client, _worker(client, self._policy, process) as worker:

@@ -63,7 +63,8 @@ class Environment:
     def __init__(self, name: str, recipe: Recipe, root: Path, torch_index: str | None = None) -> None:
         self.path = root / name
         self.log = root / f"{name}.install.log"
-        self.python = self.path / "bin" / "python"
+        # -E: what PYTHONPATH names is of this process's environment
+        self.python = (str(self.path / "bin" / "python"), "-E")
         self._name = name
         self._recipe = recipe
         self._torch_index = torch_index
@@ -133,12 +134,12 @@ class Environment:
 
     def _needs(self) -> list[str]:
         left_out = ["torch", *self._recipe.without]
-        return self._ask([str(self.python), "-c", _NEEDS, self._recipe.package, *left_out]).splitlines()
+        return self._ask([*self.python, "-c", _NEEDS, self._recipe.package, *left_out]).splitlines()
 
     @property
     def _pip(self) -> list[str]:
         options = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
-        return [str(self.python), "-m", "pip", "install", *options]
+        return [*self.python, "-m", "pip", "install", *options]
 
     def _run(self, command: Sequence[str]) -> None:
         """Run a command; what it says goes to the log.
@@ -147,7 +148,8 @@ class Environment:
             EngineError: it failed.
         """
         with self.log.open("ab") as log:
-            self._check(self._start(command, stdout=log, stderr=log))
+            done = self._start(command, stdout=log, stderr=log)
+        self._check(done)
 
     def _ask(self, command: Sequence[str]) -> str:
         """Run a command, and return what it prints.
@@ -184,8 +186,6 @@ class Environment:
 
 
 def root() -> Path:
-    """Where environments lie: `$APIARY_PEERS_DIR`, else `apiary/peers` in the user's cache directory."""
-    if chosen := os.environ.get("APIARY_PEERS_DIR"):
-        return Path(chosen).expanduser()
+    """Where environments lie: `apiary/peers` in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "apiary" / "peers"

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from apiary_bench.errors import BenchError
 from apiary_bench.peers.measures import Measures
@@ -36,8 +37,8 @@ def draw(directory: Path, results: Results, workloads: Sequence[Workload]) -> li
         BenchError: a picture cannot be written.
     """
     mpl.use("Agg")  # no display is needed
-    growing = [workload for workload in workloads if workload.growing]
-    others = [workload for workload in workloads if not workload.growing]
+    growing = [workload for workload in workloads if workload.axis is not None]
+    others = [workload for workload in workloads if workload.axis is None]
     pictures = {f"{workload.name}.png": growth(results, workload) for workload in growing}
     if others:
         pictures["peers.png"] = bars(results, others)
@@ -56,7 +57,7 @@ def bars(results: Results, workloads: Sequence[Workload]) -> Figure:
         for row in results.rows(workload.name):
             groups.setdefault(f"{workload.name}, {row.label}", []).append(row)
     figure = Figure(figsize=_INCHES, layout="constrained")
-    panels = figure.subplots(1, max(1, len(groups)), squeeze=False)[0]
+    panels = figure.subplots(1, max(1, len(groups)), squeeze=False, sharey=True)[0]
     for axes, (title, rows) in zip(panels, groups.items(), strict=False):
         rates = [0.0 if row.measures is None else row.measures.rate for row in rows]
         labels = ["void" if row.measures is None else f"{row.measures.rate:,.0f}" for row in rows]
@@ -65,9 +66,9 @@ def bars(results: Results, workloads: Sequence[Workload]) -> Figure:
         )
         axes.bar_label(drawn, labels, padding=2, fontsize="small")
         axes.margins(x=0.25)
-        axes.invert_yaxis()
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("tokens/s")
+    panels[0].invert_yaxis()
     return figure
 
 
@@ -86,6 +87,8 @@ def growth(results: Results, workload: Workload) -> Figure:
         "resident memory, MiB",
         lambda found: found.memory_bytes and found.memory_bytes / 2**20,
     )
+    for axes in panels:
+        axes.set_xlabel(workload.axis)
     panels[0].legend(fontsize="small")
     figure.suptitle(workload.about)
     return figure
@@ -108,6 +111,10 @@ def _curves(
             axes.plot(*zip(*points, strict=True), marker="o", label=peer, color=_color(results, peer))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
 

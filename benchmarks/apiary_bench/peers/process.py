@@ -12,6 +12,7 @@ from pathlib import Path
 from apiary_bench.peers.engine import EngineError
 
 _GRACE = 20.0  # seconds from the wish to end until the end is forced
+_LOOK = 0.02  # seconds between looks at whether it has ended
 _LINE_BYTES = 2**26  # the longest line that is read
 _WORDS = 3  # last lines of the log that an error repeats
 
@@ -55,13 +56,13 @@ class Process:
         return _resident(self._process.pid)
 
     async def stop(self) -> None:
-        """End it: by closing its stdin and asking, then by force, with all that it started."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        """End it by asking, then by force, with all that it started and left."""
         with suppress(ProcessLookupError):
             self._process.terminate()
         try:
-            await asyncio.wait_for(self._process.wait(), _GRACE)
+            async with asyncio.timeout(_GRACE):
+                while self._process.returncode is None:  # noqa: ASYNC110 - wait() waits for its children, too
+                    await asyncio.sleep(_LOOK)
         except TimeoutError:
             pass
         finally:

@@ -86,7 +86,6 @@ class Results:
                     peers.setdefault(run.peer, []).append((run, point))
         for (size, label), peers in sorted(found.items()):
             for peer, repeats in sorted(peers.items(), key=lambda item: self._order(item[0])):
-                void = next((point.void for _, point in repeats if point.measures is None), None)
                 measures = [point.measures for _, point in repeats if point.measures is not None]
                 identities = [run.identity for run, _ in repeats if run.identity is not None]
                 yield Row(
@@ -95,8 +94,8 @@ class Results:
                     label,
                     size,
                     len(repeats),
-                    None if void is not None else medians(measures),
-                    void,
+                    medians(measures) if len(measures) == len(repeats) else None,
+                    next((point.void for _, point in repeats if point.void is not None), None),
                 )
 
     def _order(self, peer: str) -> int:
@@ -139,4 +138,4 @@ def _run(content: dict[str, Any]) -> Run:
 
 def _point(content: dict[str, Any]) -> PointResult:
     measures = None if content["measures"] is None else Measures(**content["measures"])
-    return PointResult(**{**content, "measures": measures})
+    return PointResult(**{**content, "measures": measures, "turns": tuple(content["turns"])})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import TypeAlias
 
 from apiary_bench.errors import LoadError
 from apiary_bench.peers import driver
@@ -17,51 +17,52 @@ from apiary_bench.peers.workload import Point, Workload
 from apiary_bench.progress import Observer
 from apiary_bench.serving.record import Record
 
-Keep: TypeAlias = Callable[[Results], None]
 _REASON = 300  # characters of why a point is void
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What all runs have in common.
+
+    Attributes:
+        repeats: how often everything is measured.
+        seed: of the tokens.
+        vocab_size: of the model.
+        limit: seconds that a point may take, its history included; a point that takes longer is void, and its
+            engine is spared the workload's next points.
+    """
+
+    repeats: int
+    seed: int
+    vocab_size: int
+    limit: float
 
 
 async def run(
     peers: Sequence[Peer],
     workloads: Sequence[Workload],
-    *,
-    repeats: int,
-    seed: int,
-    vocab_size: int,
-    limit: float,
+    settings: Settings,
     results: Results,
     observe: Observer,
-    keep: Keep,
+    keep: Callable[[Results], None],
 ) -> None:
     """Measure everything that `results` does not have, and add it there.
 
     Args:
         peers: engines to start.
         workloads: what to give them.
-        repeats: how often.
-        seed: of the tokens.
-        vocab_size: of the model.
-        limit: seconds that a point may take, its history included; a point that takes longer is void, and its
-            engine is spared the workload's next points.
+        settings: how.
         results: takes the runs.
         observe: hears of every turn that ended.
         keep: is called with the results after every run.
     """
-    ended = {(peer.name, workload.name): count(1) for peer in peers for workload in workloads}
-    for repeat, workload, peer in plan(peers, workloads, repeats):
-        stage, total = f"{workload.name}: {peer.name}", workload.turns * repeats
-        turns = ended[peer.name, workload.name]
-
-        def heard(stage: str = stage, turns: Iterator[int] = turns, total: int = total) -> None:
-            observe(stage, next(turns), total)
-
+    for repeat, workload, peer in plan(peers, workloads, settings.repeats):
+        stage, total = f"{workload.name}: {peer.name}", workload.turns * settings.repeats
+        observe(stage, workload.turns * repeat, total)
         if not results.done(peer.name, workload.name, repeat):
-            observe(stage, workload.turns * repeat, total)
-            results.runs.append(
-                await _measure(peer, workload, repeat, _Settings(seed, vocab_size, limit), heard)
-            )
+            ended = _counting(observe, stage, workload.turns * repeat, total)
+            results.runs.append(await _measure(peer, workload, repeat, settings, ended))
             keep(results)
-        ended[peer.name, workload.name] = count(workload.turns * (repeat + 1) + 1)  # whatever was left out
         observe(stage, workload.turns * (repeat + 1), total)
 
 
@@ -76,33 +77,36 @@ def plan(
                 yield repeat, workload, peer
 
 
-class _Settings:
-    def __init__(self, seed: int, vocab_size: int, limit: float) -> None:
-        self.seed = seed
-        self.vocab_size = vocab_size
-        self.limit = limit
+def _counting(observe: Observer, stage: str, before: int, total: int) -> Callable[[], None]:
+    """To be called at the end of each turn."""
+    done = count(before + 1)
+    return lambda: observe(stage, next(done), total)
 
 
 async def _measure(
-    peer: Peer, workload: Workload, repeat: int, settings: _Settings, ended: Callable[[], None]
+    peer: Peer, workload: Workload, repeat: int, settings: Settings, ended: Callable[[], None]
 ) -> Run:
+    """Start an engine and measure all points: those after a void one are void, too, since the engine may
+    still be at its turns, and so are those that it has no positions for."""
     identity: Identity | None = None
-    points: list[PointResult] = []
+    found: dict[Point, PointResult] = {}
+    reason = "it was not measured"
     try:
         async with peer.start(workload) as engine:
             identity = engine.identity
             for point in workload.points:
-                found = await _point(engine, workload, point, repeat, settings, ended)
-                points.append(found)
-                if found.measures is None:
+                longest, needed = identity.positions, point.load.positions
+                if longest is not None and needed > longest:
+                    found[point] = _void(point, f"the engine takes {longest} positions, not {needed}")
+                    continue
+                found[point] = await _point(engine, workload, point, repeat, settings, ended)
+                if found[point].measures is None:
+                    reason = f"spared, since {point.label} was void"
                     break
     except EngineError as error:
-        if len(points) < len(workload.points) and (not points or points[-1].void is None):
-            points.append(_void(workload.points[len(points)], error.message))
-    if points and points[-1].void is not None:
-        reason = f"spared, since {points[-1].label} was void"
-        points += [_void(point, reason) for point in workload.points[len(points) :]]
-    return Run(peer.name, workload.name, repeat, identity, tuple(points))
+        reason = error.message
+    points = tuple(found.get(point) or _void(point, reason) for point in workload.points)
+    return Run(peer.name, workload.name, repeat, identity, points)
 
 
 async def _point(
@@ -110,35 +114,26 @@ async def _point(
     workload: Workload,
     point: Point,
     repeat: int,
-    settings: _Settings,
+    settings: Settings,
     ended: Callable[[], None],
 ) -> PointResult:
-    """Measure one point. Where it is void the engine may still be at its turns, so that no other can
-    follow."""
-    load, longest = point.load, engine.identity.positions
-    if longest is not None and load.positions > longest:
-        return _void(point, f"the engine takes {longest} positions, and this is {load.positions}")
-    name = f"{workload.name}-{point.size}-{repeat}"
+    load, name = point.load, f"{workload.name}-{point.size}-{repeat}"
+    records: list[Record] = []
     try:
         async with asyncio.timeout(settings.limit):
             records = await driver.drive(engine, load, name, settings.seed, settings.vocab_size, ended)
-        found = measure(records, load, workload.rate, engine.memory())
+        measures = measure(records, load, workload.rate, engine.memory())
         await engine.forget(driver.names(load, name))
     except TimeoutError:
         return _void(point, f"it was not finished after {settings.limit:.0f} s")
-    except (LoadError, EngineError) as error:
-        return _void(point, error.message)
-    except Void as reason:
-        return PointResult(point.label, point.size, None, _short(str(reason)), _turns(records))
-    return PointResult(point.label, point.size, found, None, _turns(records))
+    except (LoadError, EngineError, Void) as error:
+        return _void(point, str(error), records)
+    return PointResult(point.label, point.size, measures, None, _turns(records))
 
 
-def _void(point: Point, reason: str) -> PointResult:
-    return PointResult(point.label, point.size, None, _short(reason))
-
-
-def _short(reason: str) -> str:
-    return textwrap.shorten(reason, _REASON, placeholder=" ...")
+def _void(point: Point, reason: str, records: Sequence[Record] = ()) -> PointResult:
+    short = textwrap.shorten(reason, _REASON, placeholder=" ...")
+    return PointResult(point.label, point.size, None, short, _turns(records))
 
 
 def _turns(records: Sequence[Record]) -> list[dict[str, object]]:

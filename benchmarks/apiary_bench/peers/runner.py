@@ -8,7 +8,7 @@ what else the engine takes.
 It speaks JSON Lines. On stdout one object with `ready` once the engine runs (`version`, `weights`, `cache`,
 `settings`, `positions`); then for every object on stdin (`id`, `session`, `tokens`, `output`) objects with
 that `id` and either `tokens`, a piece of the answer, or `error`, or `end`. The object `forget`, a list of
-sessions, lets them go. It ends when stdin does.
+sessions, lets them go. It ends when stdin does, or by SIGTERM.
 
 The engines run in this process or in worker processes of their own, without HTTP where they can.
 """
@@ -19,6 +19,7 @@ import asyncio
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -76,7 +77,7 @@ class Vllm:
                 disable_log_stats=True,
             )
         )
-        self._sampling = lambda output: SamplingParams(
+        self._sampling: Callable[[int], Any] = lambda output: SamplingParams(
             temperature=0.0,
             max_tokens=output,
             min_tokens=output,
@@ -345,10 +346,13 @@ async def _main(name: str, settings: Settings) -> None:
         "transformers": Transformers,
     }
     engine = engines[name](settings)
+    serving = asyncio.ensure_future(_serve(engine, sys.stdin.buffer, outgoing))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
     try:
-        await _serve(engine, sys.stdin.buffer, outgoing)
+        await serving
     finally:
         engine.stop()
+        os._exit(0)  # libraries leave threads that would keep this process, as does the one that reads stdin
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ class Workload:
         rate: what counts.
         budget_bytes: memory for the caches of all its sessions.
         points: in growing size: when an engine takes too long for one, it is spared the next.
+        axis: what grows from point to point, where that makes a curve.
     """
 
     name: str
@@ -83,16 +84,12 @@ class Workload:
     rate: Rate
     budget_bytes: int
     points: tuple[Point, ...]
+    axis: str | None = None
 
     @property
     def sessions(self) -> int:
         """The most of any point."""
         return max(point.load.sessions for point in self.points)
-
-    @property
-    def growing(self) -> bool:
-        """Whether its points make a curve."""
-        return self.name.startswith("growth")
 
     @property
     def turns(self) -> int:
@@ -203,6 +200,7 @@ def _named(
                 )
                 for count in sessions
             ),
+            axis="sessions",
         ),
         Workload(
             "growth-history",
@@ -213,5 +211,6 @@ def _named(
                 Point(f"1 x {size}", size, Load(sessions=1, history=size - around, input=8, output=output))
                 for size in histories
             ),
+            axis="tokens of the conversation",
         ),
     ]

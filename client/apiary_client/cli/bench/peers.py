@@ -120,6 +120,8 @@ def peers(
 
     A row is void if any of its turns failed or was cut short.
     """
+    if resume and json is None:
+        console.fail("--resume goes on with a file: name it with --json", code=2)
     with server_extra("bench"):
         from apiary_bench import document
         from apiary_bench.peers import registry, report
@@ -145,11 +147,8 @@ def peers(
             from apiary_bench.peers import plots as pictures
 
             pictures.require(plots)
-        results = (
-            Results.read(json, arguments)
-            if resume and json is not None and json.exists()
-            else Results(arguments)
-        )
+        there = resume and json is not None and json.exists()
+        results = Results.read(json, arguments) if there and json is not None else Results(arguments)
 
         def keep(results: Results) -> None:
             if json is not None:
@@ -167,18 +166,10 @@ def peers(
                 )
                 if target is not None:
                     engines.append(Running(target, policy))
-                measuring = runs.run(
-                    engines,
-                    loads,
-                    repeats=repeats,
-                    seed=seed,
-                    vocab_size=registry.vocab_size(model),
-                    limit=limit,
-                    results=results,
-                    observe=bars,
-                    keep=keep,
+                settings = runs.Settings(
+                    repeats=repeats, seed=seed, vocab_size=registry.vocab_size(model), limit=limit
                 )
-                asyncio.run(_until_stopped(measuring))
+                asyncio.run(_until_stopped(runs.run(engines, loads, settings, results, bars, keep)))
         except (KeyboardInterrupt, asyncio.CancelledError):
             kept = f"; finished runs are in {json}: the same command with --resume goes on" if json else ""
             console.note(f"stopped{kept}")
