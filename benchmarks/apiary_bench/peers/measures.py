@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
@@ -11,7 +12,7 @@ from apiary_bench.peers.driver import failure
 from apiary_bench.peers.workload import Load, Rate
 from apiary_bench.serving.record import Outcome, Record
 
-_TOGETHER = 0.5  # of each answer, at least, must come while all sessions decode
+_TOGETHER = 0.5  # of all answers, at least, must come while all sessions decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,8 @@ def measure(records: Sequence[Record], load: Load, rate: Rate, memory_bytes: int
         raise Void(f"{len(broken)} of {len(records)} turns failed; {of}: {failure(broken[0])}")
     firsts = [record.arrivals[0] for record in records]
     lasts = [record.arrivals[-1] for record in records]
-    together = _together(records) if load.turns == 1 and load.parallel == load.sessions else None
+    decoding = load.turns == 1 and load.output > 1 and load.parallel == load.sessions
+    together = _together(records) if decoding else None
     match rate:
         case Rate.DECODE:
             if together is None or together[1] < _TOGETHER:
@@ -87,22 +89,26 @@ def medians(repeats: Sequence[Measures]) -> Measures:
 
 
 def _together(records: Sequence[Record]) -> tuple[float, float] | None:
-    """While all sessions decode, from the last session's first token to the first one's last: the sum over
-    the sessions of tokens per second, each from its first to its last arrival in that time; and the least
-    share of its answer that any of them got in it. None if a session has no two arrivals there.
+    """While all sessions decode, from the last one's first token to the first one's last: tokens per second
+    of all together, and the share of all that were asked for that came in it. None if none came.
 
-    Each session counts from an arrival to an arrival, so it does not matter in which order a step's tokens
-    are sent.
+    A step's tokens are sent one after the other, in any order: what is less than half a step after the
+    beginning belongs to the step before it, and what is less than half a step after the end to the last one.
     """
+    gaps = [after - before for record in records for before, after in pairwise(record.arrivals)]
+    if not gaps:
+        return None
+    half = median(gaps) / 2
     begin = max(record.sent + record.arrivals[0] for record in records)
     end = min(record.sent + record.arrivals[-1] for record in records)
-    rate, least = 0.0, 1.0
-    for record in records:
-        arrivals = zip(record.arrivals, record.arrival_tokens, strict=True)
-        inside = [(at, count) for at, count in arrivals if begin <= record.sent + at <= end]
-        if len(inside) < 2:
-            return None
-        tokens = sum(count for _, count in inside[1:])
-        rate += tokens / (inside[-1][0] - inside[0][0])
-        least = min(least, tokens / record.asked)
-    return rate, least
+    inside = [
+        (record.sent + at, count)
+        for record in records
+        for at, count in zip(record.arrivals, record.arrival_tokens, strict=True)
+        if begin + half < record.sent + at < end + half
+    ]
+    if not inside:
+        return None
+    tokens = sum(count for _, count in inside)
+    rate = tokens / (max(at for at, _ in inside) - begin)
+    return rate, tokens / sum(record.asked for record in records)

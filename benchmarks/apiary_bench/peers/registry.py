@@ -140,7 +140,7 @@ class Foreign:
             "cpus": _cpus(),
             **self._spec.settings,
         }
-        command = [*self._environment.python, RUNNER, self._spec.engine]
+        command: list[str | Path] = [*self._environment.python, RUNNER, self._spec.engine]
         variables = self._spec.variables(self._environment)
         async with guest(self.name, command, settings, self._log, variables, _PATIENCE) as running:
             yield running

@@ -34,6 +34,7 @@ from typing import Any, BinaryIO, Protocol
 Settings = dict[str, Any]
 
 _PAGE = 32  # tokens that transformers keeps together
+_SHUTDOWN = 15.0  # seconds for vLLM's processes; those that it ends by force leave shared memory behind
 _SLOT = 256  # tokens: llama.cpp rounds each slot up to multiples of this
 
 
@@ -107,7 +108,7 @@ class Vllm:
 
     def stop(self) -> None:
         """End its processes."""
-        self._engine.shutdown()
+        self._engine.shutdown(timeout=_SHUTDOWN)
 
 
 class Transformers:

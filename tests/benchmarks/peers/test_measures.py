@@ -39,6 +39,13 @@ def test_in_which_order_a_step_sends_its_tokens_does_not_matter() -> None:
         assert measure(records, TWO, Rate.DECODE, None).rate == pytest.approx(2, rel=0.01)
 
 
+def test_sessions_that_stall_count_with_what_they_got() -> None:
+    steady = [record(session, *map(float, range(1, 11))) for session in range(3)]
+    stalled = record(3, 1.0, 2.0, 3.0, *(11.0 + n for n in range(7)))
+    found = measure([*steady, stalled], replace(TWO, sessions=4, output=10), Rate.DECODE, None)
+    assert found.rate == pytest.approx((3 * 9 + 2) / 9)
+
+
 def test_messages_of_several_tokens_count_them_all() -> None:
     counts = (1, 4, 4, 4)
     both = [record(session, 1.0, 2.0, 3.0, 4.0, counts=counts) for session in range(2)]
@@ -53,8 +60,10 @@ def test_sessions_that_hardly_decoded_together_say_nothing() -> None:
     with pytest.raises(Void, match="hardly decoded at the same time"):
         measure([early, late], replace(TWO, output=10), Rate.DECODE, None)
     after = record(1, *(20.0 + n for n in range(1, 11)))
-    with pytest.raises(Void, match="hardly decoded at the same time"):
-        measure([early, after], replace(TWO, output=10), Rate.DECODE, None)
+    whole = [record(session, 5.0, counts=(10,)) for session in range(2)]
+    for records in ([early, after], whole):
+        with pytest.raises(Void, match="hardly decoded at the same time"):
+            measure(records, replace(TWO, output=10), Rate.DECODE, None)
 
 
 def test_answering_is_output_tokens_by_the_time_of_all_turns() -> None:
