@@ -98,7 +98,8 @@ class ContextFull(ApiaryError):
 
 
 class QueueFull(ApiaryError):
-    """Too many requests wait; try again after `retry_after`."""
+    """Too many requests wait, and this tenant's are the most for its weight; try again after
+    `retry_after`."""
 
 
 class BudgetExhausted(ApiaryError):
@@ -114,7 +115,7 @@ class Draining(Unavailable):
 
 
 class DeadlineExceeded(ApiaryError):
-    """The call's `timeout` passed; a turn was rolled back."""
+    """The call's `timeout` passed, or would have before the first token; a turn was rolled back."""
 
 
 class Cancelled(ApiaryError):

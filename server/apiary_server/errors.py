@@ -83,7 +83,7 @@ class RetryLater(ApiaryError):
 
 
 class QueueFull(RetryLater):
-    """Too many requests wait."""
+    """Too many requests wait, and this tenant's are the most for its weight."""
 
 
 class BudgetExhausted(RetryLater):
@@ -95,7 +95,8 @@ class Draining(RetryLater):
 
 
 class DeadlineExceeded(ApiaryError):
-    """The deadline passed in queue, prefill or decode; the turn was rolled back."""
+    """The deadline passed in queue, prefill or decode, or would have before the first token; the turn was
+    rolled back."""
 
 
 class Cancelled(ApiaryError):

@@ -39,7 +39,7 @@ def parse_weights(value: object) -> object:
         return value
     weights: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in value.split(","))):
-        tenant, equals, weight = part.partition("=")
+        tenant, equals, weight = (piece.strip() for piece in part.partition("="))
         if not equals or tenant in weights:
             raise ValueError(f"{part!r} is no weight, or a second one; write for example bees=2,wasps=0.5")
         weights[tenant] = weight

@@ -138,8 +138,8 @@ def session(engine: Engine, id: str, tenant: str = "default") -> Session:
 
 def create(engine: Engine, id: str, policy: str | None = None, **fields: Any) -> str:
     """Create a session; returns its id."""
-    arguments: dict[str, Any] = {"expire_time": None, "ttl": None, "labels": {}} | fields
-    return engine.sessions.create("default", id, policy, **arguments).id
+    arguments: dict[str, Any] = {"tenant": "default", "expire_time": None, "ttl": None, "labels": {}}
+    return engine.sessions.create(id=id, policy=policy, **(arguments | fields)).id
 
 
 def state(record: Session) -> dict[str, object]:

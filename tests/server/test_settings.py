@@ -60,6 +60,44 @@ def test_sizes_are_whole_and_not_negative() -> None:
     refused("fractional", cache_budget=1.5)
 
 
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("", {}),
+        ("bees=2", {"bees": 2.0}),
+        (" bees = 2 , wasps=0.5,", {"bees": 2.0, "wasps": 0.5}),
+        ("A.b_c-1=1e2", {"A.b_c-1": 100.0}),
+    ],
+)
+def test_weights(text: str, weights: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.load(tenant_weights=text).tenant_weights == weights
+    monkeypatch.setenv("APIARY_TENANT_WEIGHTS", text)
+    assert Settings.load().tenant_weights == weights
+
+
+@pytest.mark.parametrize("text", ["tenant_weights = {bees = 2}", "[tenant_weights]\nbees = 2.0"])
+def test_weights_may_be_a_table_of_the_file(tmp_path: Path, text: str) -> None:
+    config = tmp_path / "worker.toml"
+    config.write_text(text)
+    assert Settings.load(config=config).tenant_weights == {"bees": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("bees", "'bees' is no weight, or a second one; write for example bees=2,wasps=0.5"),
+        ("bees=2,bees=3", "'bees=3' is no weight, or a second one"),
+        ("bees=many", "valid number"),
+        ("bees=0", "greater than or equal to 0.001"),
+        ("bees=nan", "finite|greater than or equal"),
+        ("two words=1", "should match pattern"),
+        ("=1", "should match pattern"),
+    ],
+)
+def test_what_is_no_weight(text: str, why: str) -> None:
+    refused(why, tenant_weights=text)
+
+
 def test_flags_win_over_variables_and_these_over_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +211,8 @@ def test_sessions_end_before_the_calendar_does() -> None:
         ("workspace_entries", 127),
         ("reserve_slots", 0),
         ("step_tokens", 0),
+        ("decode_slowdown", 0.9),
+        ("decode_slowdown", "nan"),
         ("max_running", 0),
         ("threads", -1),
         ("metrics_port", 65_536),

@@ -53,6 +53,12 @@ def generate(
         list[str] | None, typer.Option(metavar="STRING", help="End before this string; may be repeated.")
     ] = None,
     timeout: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Give up after.")] = None,
+    priority: Annotated[
+        int,
+        typer.Option(
+            min=-100, max=100, metavar="N", help="Higher goes first among the requests of one tenant."
+        ),
+    ] = 0,
     json: Json = False,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -71,6 +77,7 @@ def generate(
     options = TurnOptions(
         session=session,
         policy=policy,
+        priority=priority,
         sampling=Sampling(
             temperature=temperature,
             top_k=top_k,

@@ -44,11 +44,17 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     the metadata has `cached`, `prompt` and `bound`.
     """
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 10
-    """RESOURCE_EXHAUSTED + RetryInfo. The request queue is full."""
+    """RESOURCE_EXHAUSTED + RetryInfo. The request queue is full, and this tenant has the most
+    requests in it for its weight. A request that waits may get it, too, when it has to make
+    way for another tenant's; nothing of it was computed. The metadata has `limit`.
+    """
     ERROR_REASON_BUDGET_EXHAUSTED: _ErrorReason.ValueType  # 11
     """RESOURCE_EXHAUSTED + RetryInfo. The cache budget (or the session table) is full."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 12
-    """DEADLINE_EXCEEDED. The call's deadline passed in queue, prefill or decode."""
+    """DEADLINE_EXCEEDED. The call's deadline passed in queue, prefill or decode; or it is refused
+    before anything is computed because its first token could not come in time, and then the
+    metadata has `needed` and `left`, in seconds.
+    """
     ERROR_REASON_CANCELLED: _ErrorReason.ValueType  # 13
     """CANCELLED. The client cancelled, or its session was deleted while the turn ran."""
     ERROR_REASON_READER_STALLED: _ErrorReason.ValueType  # 14
@@ -86,11 +92,17 @@ ERROR_REASON_CONTEXT_FULL: ErrorReason.ValueType  # 9
 the metadata has `cached`, `prompt` and `bound`.
 """
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 10
-"""RESOURCE_EXHAUSTED + RetryInfo. The request queue is full."""
+"""RESOURCE_EXHAUSTED + RetryInfo. The request queue is full, and this tenant has the most
+requests in it for its weight. A request that waits may get it, too, when it has to make
+way for another tenant's; nothing of it was computed. The metadata has `limit`.
+"""
 ERROR_REASON_BUDGET_EXHAUSTED: ErrorReason.ValueType  # 11
 """RESOURCE_EXHAUSTED + RetryInfo. The cache budget (or the session table) is full."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 12
-"""DEADLINE_EXCEEDED. The call's deadline passed in queue, prefill or decode."""
+"""DEADLINE_EXCEEDED. The call's deadline passed in queue, prefill or decode; or it is refused
+before anything is computed because its first token could not come in time, and then the
+metadata has `needed` and `left`, in seconds.
+"""
 ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 13
 """CANCELLED. The client cancelled, or its session was deleted while the turn ran."""
 ERROR_REASON_READER_STALLED: ErrorReason.ValueType  # 14

@@ -370,7 +370,9 @@ class GenerateRequest(_message.Message):
     when_busy: Global___WhenBusy.ValueType
     """What happens when the session is busy."""
     priority: _builtins.int
-    """Higher goes first among the requests of one tenant, in [-100, 100]."""
+    """Higher goes first among the requests of one tenant, in [-100, 100]. A level is worth a second
+    of waiting.
+    """
     logprobs: _builtins.int
     """Return the log-probability of each token and of this many alternatives, at most 20."""
     policy: _builtins.str

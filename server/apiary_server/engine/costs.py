@@ -87,8 +87,11 @@ class Costs:
         """How many prefill tokens behind `context` entries make a step that much longer; infinity if nothing
         is known of their price."""
         _, _, token, pair = self._prices
-        if seconds <= 0 or not token + pair:
-            return 0.0 if token + pair else math.inf
+        if seconds < 0:
+            return 0.0
+        if not token + pair:
+            return math.inf
         # of first * n + pair * n * n / 2 = seconds, the positive root, in the form that divides by no zero
         first = token + pair * context
-        return 2 * seconds / (first + math.sqrt(first * first + 2 * pair * seconds))
+        divisor = first + math.sqrt(first * first + 2 * pair * seconds)
+        return 2 * seconds / divisor if divisor else 0.0

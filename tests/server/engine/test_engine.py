@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from apiary_server import errors
+from apiary_server.engine.costs import Work
 from apiary_server.engine.engine import Engine
 from apiary_server.engine.request import Sampling
 from apiary_server.engine.result import FinishReason, Observer, StepStats, TurnStats
@@ -184,6 +185,54 @@ def test_the_queue_is_bounded(make_engine: MakeEngine) -> None:
     readers.append(begin(engine, request("hello")))
     run(engine, *readers)
     assert all(reader.error is None for reader in readers)
+
+
+def test_the_queue_is_shared_by_the_weights_of_the_settings(make_engine: MakeEngine) -> None:
+    engine = make_engine(start=False, max_running=1, queue_limit=4, tenant_weights="bees=3")
+    first = begin(engine, request("hello", tenant="wasps"))
+    step(engine)
+    for id in "abcd":
+        create(engine, id, tenant="wasps")
+    wasps = [begin(engine, request("hello", id, tenant="wasps")) for id in "abcd"]
+    bees = [begin(engine, request("hello", tenant="bees")) for _ in range(3)]
+    for tenant in ("wasps", "bees"):
+        with pytest.raises(errors.QueueFull):
+            engine.open(request("hello", tenant=tenant), Reader())
+    run(engine, first, *wasps, *bees)
+    assert [type(reader.error) for reader in wasps] == [type(None), *3 * [errors.QueueFull]]
+    assert all(reader.error is None for reader in (first, *bees))
+    for id in "bcd":
+        assert not session(engine, id, "wasps").busy
+        assert session(engine, id, "wasps").turns == []
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_the_door(engine: Engine) -> None:
+    create(engine, "a")
+    for _ in range(10):  # evidence of what prefill costs
+        ask(engine, LONG, "a", max_tokens=1)
+    before, bytes_before = state(session(engine, "a")), leased(engine)
+    hopeless = request(LONG * 50, "a", deadline=time.monotonic() + 0.01)
+    with pytest.raises(errors.DeadlineExceeded, match="the deadline leaves"):
+        engine.open(hopeless, Reader())
+    assert engine.capacity().queued_turns == 0
+    assert same(before, state(session(engine, "a")))
+    assert leased(engine) == bytes_before
+    assert ask(engine, LONG, "a", deadline=time.monotonic() + 60).error is None
+
+
+def test_a_queued_turn_is_refused_when_it_is_too_late_to_start(make_engine: MakeEngine) -> None:
+    engine = make_engine(start=False, max_running=1)
+    for _ in range(10):
+        ask(engine, LONG, max_tokens=1)
+    blocker = begin(engine, request("hello", max_tokens=10_000))
+    step(engine)
+    seconds = engine._scheduler._costs.seconds(Work.of_chunk(256, 0)) * 4000 / 256
+    waiting = begin(engine, request(LONG * 20, deadline=time.monotonic() + seconds))
+    run(engine, waiting)
+    assert isinstance(waiting.error, errors.DeadlineExceeded)
+    assert "the deadline leaves" in str(waiting.error), "it was not let run into it"
+    blocker.close()
+    run(engine, blocker)
 
 
 def test_a_stalled_reader_delays_nobody_and_loses_its_turn(engine: Engine) -> None:

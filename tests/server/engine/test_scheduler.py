@@ -29,11 +29,11 @@ class Worker:
         queue_limit: int = 100,
         decode_slowdown: float = 1000.0,
         weights: Mapping[str, float] | None = None,
-        slots: int = 100,
+        memory: int = 100,
         seconds: float = 0.05,
         price: float = 0.0,
     ) -> None:
-        self.clock, self.memory = Clock(), Memory(slots)
+        self.clock, self.memory = Clock(), Memory(memory)
         self.scheduler = Scheduler(
             step_tokens, max_running, queue_limit, decode_slowdown, weights or {}, self.clock
         )
@@ -110,6 +110,28 @@ def test_a_step_beside_decode_is_cut_by_its_time(slowdown: float) -> None:
     assert max(plan.prefill_tokens for plan in plans) == pytest.approx(max(16, (slowdown - 1) * 30), rel=0.1)
 
 
+def test_moving_caches_takes_the_time_of_a_step_beside_decode() -> None:
+    """Those who come have their caches parked: bringing one back takes as long as a step."""
+
+    class Parked(FakeTurn):
+        def open(self) -> bool:
+            self.clock.now += 0.05
+            return super().open()
+
+    worker = Worker(decode_slowdown=1.9)
+    worker.add(5)
+    for _ in range(10):
+        worker.step()
+    turns: list[Any] = [Parked("a", 5, 100, worker.clock.now, worker.memory, worker.clock) for _ in range(6)]
+    for turn in turns:
+        assert worker.scheduler.add(turn) is None
+    started = []
+    for _ in range(6):
+        worker.step()
+        started.append(sum(turn.started is not None for turn in turns))
+    assert started == [1, 2, 3, 4, 5, 6]
+
+
 def test_nothing_is_cut_where_nobody_decodes() -> None:
     worker = Worker(step_tokens=256, decode_slowdown=1.0, seconds=0.02, price=0.001)
     worker.add(2000)
@@ -162,11 +184,14 @@ def test_a_prompt_that_waits_for_the_workspace_leaves_its_room_to_others() -> No
 
 
 def test_who_waits_for_memory_is_named_and_nobody_overtakes_it() -> None:
-    worker = Worker(slots=2)  # one is the reserve
+    worker = Worker(memory=4)  # two of these are the reserve
     worker.add(5)
     worker.step()
-    first, _ = worker.add(5), worker.add(5)
-    assert worker.step().blocked is first
+    large, small = worker.add(5, size=2), worker.add(5)
+    plan = worker.step()
+    assert plan.blocked is large
+    assert plan.prefill_tokens == 0
+    assert small in worker.scheduler.waiting
 
 
 # tenants
@@ -274,7 +299,7 @@ def test_a_full_queue_refuses_with_a_time() -> None:
     worker.step()
     for _ in range(2):
         worker.add(5)
-    with pytest.raises(QueueFull, match=r"2 turns wait, and 2 may; 2 are this tenant's") as refusal:
+    with pytest.raises(QueueFull, match=r"2 turns may wait, and do; 2 of them are this tenant's") as refusal:
         worker.scheduler.check_queue("a", {})
     assert refusal.value.metadata == {"limit": "2"}
     assert 0 < refusal.value.retry_after <= 1
@@ -296,6 +321,18 @@ def test_turns_on_their_way_count() -> None:
         worker.scheduler.check_queue("a", {"a": 1})
     with pytest.raises(QueueFull):
         worker.scheduler.check_queue("b", {"b": 1})
+
+
+def test_turns_on_their_way_displace_others_no_more_than_their_share() -> None:
+    worker = Worker(queue_limit=4)
+    for _ in range(4):
+        worker.add(5)
+    worker.scheduler.check_queue("b", {"b": 1})
+    with pytest.raises(QueueFull, match=r"4 turns may wait, and do; 2 of them are this tenant's"):
+        worker.scheduler.check_queue("b", {"b": 2})
+    worker.scheduler.check_queue("c", {"b": 2})
+    with pytest.raises(QueueFull):
+        worker.scheduler.check_queue("a", {"b": 2, "c": 1})
 
 
 def test_the_time_to_retry_is_what_a_place_takes() -> None:

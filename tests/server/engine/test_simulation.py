@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from statistics import quantiles
+from statistics import median
 from typing import Any
 
 import pytest
@@ -25,12 +25,14 @@ class Watch:
     def __init__(self) -> None:
         self.stretch: list[float] = []  # true seconds of steps with prefill, in parts of what they may take
         self._started: set[int] = set()
+        self._before: tuple[set[Any], set[Any]] = set(), set()
 
     def __call__(self, simulation: Simulation, plan: StepPlan) -> None:
         self._shares(simulation, plan)
         self._budgets(simulation, plan)
         self._idle_room(simulation, plan)
         self._starts(simulation)
+        self._alternate(simulation, plan)
 
     def _shares(self, simulation: Simulation, plan: StepPlan) -> None:
         chunks: list[tuple[Any, int]] = [(chunk.turn, chunk.count) for chunk in plan.chunks]
@@ -49,7 +51,7 @@ class Watch:
         world, scheduler = simulation.world, simulation.scheduler
         assert len(scheduler.running) <= world.max_running
         assert len(scheduler.waiting) <= world.queue_limit
-        assert world.memory.held <= world.memory.slots
+        assert world.memory.held <= world.memory.bytes
         least = min(LEAST, world.step_tokens)
         assert plan.prefill_tokens <= max(least, world.step_tokens - plan.decode_tokens)
         if plan.decode_tokens and plan.prefill_tokens > least:
@@ -70,8 +72,10 @@ class Watch:
             not simulation.scheduler.waiting
             or len(running) == world.max_running
             or any(turn.starved and not turn.paused for turn in running)
-            or world.memory.held + 1 + RESERVE > world.memory.slots
+            or plan.blocked in simulation.scheduler.waiting
         ), "a turn could start, and does not"
+        blocked: Any = plan.blocked
+        assert blocked is None or world.memory.held + blocked.size + RESERVE > world.memory.bytes
 
     def _starts(self, simulation: Simulation) -> None:
         """Within a tenant the highest level starts first: one of priority is worth a second of waiting, or
@@ -86,6 +90,17 @@ class Watch:
                 self._started.add(id(turn))
                 for other in simulation.scheduler.waiting:
                     assert other.tenant != turn.tenant or level(other) <= level(turn) + 1e-9
+
+    def _alternate(self, simulation: Simulation, plan: StepPlan) -> None:
+        """Nobody prefills in two steps, one after the other, while another turn of its tenant could and does
+        in none of them."""
+        turns: list[Any] = [turn for turn in simulation.scheduler.running if not turn.decoding]
+        given: set[Any] = {chunk.turn for chunk in plan.chunks}
+        idle = {turn for turn in turns if turn not in given and turn.computed < turn.segment_end}
+        prefilled = {turn for turn in turns if turn in given}
+        for turn in prefilled & self._before[0]:
+            assert not any(other.tenant == turn.tenant for other in idle & self._before[1])
+        self._before = prefilled, idle
 
 
 def check_ends(world: World) -> None:
@@ -113,7 +128,7 @@ def check_refusal(world: World, turn: FakeTurn) -> None:
     queue = turn.queue + Counter([turn.tenant])
     assert queue.total() > world.queue_limit
     shares = sum(world.weights[tenant] for tenant in queue)
-    assert queue[turn.tenant] >= queue.total() * world.weights[turn.tenant] / shares
+    assert queue[turn.tenant] >= (world.queue_limit + 1) * world.weights[turn.tenant] / shares
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))
@@ -128,36 +143,42 @@ def test_nobody_starves_and_every_budget_holds(block: int) -> None:
         ends.update(str(turn.end) for turn in simulation.world.turns)
         stretch += watch.stretch
     assert min(ends[end] for end in ("finished", "cancelled", "expired", "late", "full", "displaced")) >= 5
-    # what a step costs is learned, although its time is noisy
-    assert len(stretch) >= 20
-    assert quantiles(stretch, n=10)[-1] < 1.5
+    assert 0.8 < median(stretch) < 1.25, "what a step costs is learned, although its time is noisy"
 
 
 class Shares:
-    """Counts what tenants get, while others wait as well.
+    """Counts what tenants get while all of them wait for more.
 
     A tenant is ahead of another by what its turns in flight compute, at the most: they were started when it
-    was not ahead.
+    was not ahead. By as much it may be ahead when the counting begins.
     """
 
     def __init__(self) -> None:
-        self.served = Counter[str]()
+        self.most = 0.0  # lead, in parts of what may be
+        self._served = Counter[str]()
+        self._waiting: set[str] = set()
 
     def __call__(self, simulation: Simulation, plan: StepPlan) -> None:
-        for chunk in plan.chunks:
-            self.served[chunk.turn.tenant] += chunk.count
         world, waiting = simulation.world, {turn.tenant for turn in simulation.scheduler.waiting}
+        if not waiting <= self._waiting:
+            self._served.clear()
+        self._waiting = waiting
+        for chunk in plan.chunks:
+            self._served[chunk.turn.tenant] += chunk.count
         longest = max(turn.prompt + turn.output for turn in world.turns)
-        clocks = {tenant: self.served[tenant] / world.weights[tenant] for tenant in waiting}
         for one, other in itertools.permutations(waiting, 2):
-            assert clocks[one] - clocks[other] <= world.max_running * longest / world.weights[one]
+            lead = self._served[one] / world.weights[one] - self._served[other] / world.weights[other]
+            self.most = max(self.most, lead / (2 * world.max_running * longest / world.weights[one]))
 
 
 def test_shares_follow_the_weights_while_tenants_have_more_to_ask() -> None:
-    for seed in range(WORLDS // 8):
+    leads = []
+    for seed in range(WORLDS // 10):
         shares = Shares()
         Simulation(backlogged(seed), watch=shares).run()
-        assert shares.served.total() > 2000, "else the bound says little"
+        leads.append(shares.most)
+    assert max(leads) <= 1
+    assert median(leads) > 0.1, "else the bound says little"
 
 
 def test_a_deadline_refuses_nobody_who_would_have_made_it() -> None:

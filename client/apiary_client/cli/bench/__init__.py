@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from apiary_client.cli.bench import engine, interference, quality, roofline, serve
+from apiary_client.cli.bench import engine, interference, peers, quality, roofline, serve
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 
@@ -19,3 +19,4 @@ engine.register(app)
 roofline.register(app)
 interference.register(app)
 quality.register(app)
+peers.register(app)

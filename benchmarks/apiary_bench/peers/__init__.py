@@ -1,0 +1,1 @@
+"""The same workloads on Apiary and on other engines: `apiary bench peers`. Without torch."""
