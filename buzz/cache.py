@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -273,10 +274,13 @@ class Cache:
         return compact(self.policy, View(self.sampled, self.seen, buffers.position[:, :, :n], state, norm))
 
     def _value_norm(self) -> Tensor:
-        """`[L, H, n]`, at least float32: squares overflow float16. A layer at a time, as in moving."""
+        """`[L, H, n]`, at least float32: squares overflow float16. What is packed is read a layer at a time,
+        as in moving."""
         live, n, wide = self.live, self.n, torch.promote_types(self.buffers.keys.dtype, torch.float32)
-        values = (live.read(layer, n, self._wide)[1] for layer in range(len(self.buffers.keys)))
-        return torch.stack([torch.linalg.vector_norm(layer, dim=-1, dtype=wide) for layer in values])
+        layers: Iterable[Tensor] = [live.values[:, :, :n]]
+        if self.packed:
+            layers = (live.read(layer, n, self._wide)[1][None] for layer in range(len(live.values)))
+        return torch.cat([torch.linalg.vector_norm(values, dim=-1, dtype=wide) for values in layers])
 
     def _move(self, target: Buffers, packed: int, outcome: Compaction | None = None) -> None:
         """Write the entries, or the survivors of `outcome`, to `target`, the first of them packed."""
