@@ -72,8 +72,9 @@ TARGET static void columns(const Linear *task, int64_t column, int64_t row, int6
 
 int apiary_float32_supported(void) { return __builtin_cpu_supports("avx512f") != 0; }
 
+/* Shares are dealt as they are asked for: the threads that deliver tokens take a processor now and then. */
 void apiary_float32_linear(const Linear *task) {
-#pragma omp parallel for collapse(2)
+#pragma omp parallel for collapse(2) schedule(dynamic)
     for (int64_t row = 0; row < task->rows; row += SHARE)
         for (int64_t column = 0; column < task->outputs; column += COLUMNS)
             columns(task, column, row, row + SHARE < task->rows ? row + SHARE : task->rows);
