@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,6 +61,7 @@ class Cache:
 
     Attributes:
         policy: the rule; a `full` policy should be resolved.
+        states: what the policy declared.
         rotary: the model's rotary embedding.
         buffers: where the entries live; the first `n` of each layer and head are used. To be read and
             extended as `live` only, which knows what is quantised of them.
@@ -77,6 +79,7 @@ class Cache:
 
     def __init__(self, policy: Policy, rotary: Rotary, buffers: Buffers) -> None:
         self.policy = policy
+        self.states = policy.states
         self.rotary = rotary
         self._require(buffers, 0)
         self.buffers = buffers
@@ -143,7 +146,7 @@ class Cache:
                 live = keys[:, : self.n - self.packed]
                 live.copy_(self.rotary.rotate(live, index - position[:, self.packed : self.n]))
             self.rotated_in_cache = True
-        for state in self.policy.states:
+        for state in self.states:
             if state.per == "segment":
                 self.buffers.state[state.name][:, :, : self.n] = 0
 
@@ -167,7 +170,7 @@ class Cache:
         position[:, :, self.n : end] = torch.arange(
             self.seen, self.seen + count, dtype=position.dtype, device=position.device
         )
-        for state in self.policy.states:
+        for state in self.states:
             fresh = self.buffers.state[state.name][:, :, self.n : end]
             if state.kind == "vote":
                 fresh.copy_(position[:, :, self.n : end])
@@ -176,7 +179,7 @@ class Cache:
 
     def records(self, layer: int, end: int) -> list[Record]:
         """What attention over the first `end` entries of a layer must record."""
-        return [Record(s, self.buffers.state[s.name][layer, :, :end]) for s in self.policy.states]
+        return [Record(s, self.buffers.state[s.name][layer, :, :end]) for s in self.states]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a step's entries of a layer, and read all up to them.
@@ -213,6 +216,8 @@ class Cache:
         outcome = self._compact() if self.due else None
         evicted = 0 if outcome is None else self.n - outcome.index.shape[-1]
         packed = self.policy.quantised(self.n - evicted, max(0, self.packed - evicted))
+        if outcome is None and target is self.buffers and packed == self.packed:
+            return 0
         self._require(target, self.n - evicted, packed)
         self._move(target, packed, outcome)
         self.evicted += evicted
@@ -262,21 +267,24 @@ class Cache:
         ):
             raise ValueError(f"policy {self.policy} needs memory for entries of {bits} bits")
         buffers.require(n, packed)
-        missing = {state.name for state in self.policy.states} - buffers.state.keys()
+        missing = {state.name for state in self.states} - buffers.state.keys()
         if missing:
             raise ValueError(f"policy {self.policy} needs the state {min(missing)!r}, which the buffers lack")
 
     def _compact(self) -> Compaction:
         buffers, n = self.buffers, self.n
-        state = {s.name: buffers.state[s.name][:, :, :n] for s in self.policy.states}
+        state = {s.name: buffers.state[s.name][:, :, :n] for s in self.states}
         norm = self._value_norm() if self.policy.weighs_values else None
         return compact(self.policy, View(self.sampled, self.seen, buffers.position[:, :, :n], state, norm))
 
     def _value_norm(self) -> Tensor:
-        """`[L, H, n]`, at least float32: squares overflow float16. A layer at a time, as in moving."""
+        """`[L, H, n]`, at least float32: squares overflow float16. What is packed is read a layer at a time,
+        as in moving."""
         live, n, wide = self.live, self.n, torch.promote_types(self.buffers.keys.dtype, torch.float32)
-        values = (live.read(layer, n, self._wide)[1] for layer in range(len(self.buffers.keys)))
-        return torch.stack([torch.linalg.vector_norm(layer, dim=-1, dtype=wide) for layer in values])
+        layers: Iterable[Tensor] = [live.values[:, :, :n]]
+        if self.packed:
+            layers = (live.read(layer, n, self._wide)[1][None] for layer in range(len(live.values)))
+        return torch.cat([torch.linalg.vector_norm(values, dim=-1, dtype=wide) for values in layers])
 
     def _move(self, target: Buffers, packed: int, outcome: Compaction | None = None) -> None:
         """Write the entries, or the survivors of `outcome`, to `target`, the first of them packed."""

@@ -52,14 +52,31 @@ class Move:
             target.copy_from(source, self.n, self.before)
         elif elsewhere:
             target.copy_records(source, self.n if outcome is None else 0)
-        for layer in range(len(target.keys) if self.after > self.before or not stays else 0):
-            if stays:
-                self._write(layer, self.before, *self._unpacked(layer))
-            else:
+        layers = range(len(target.keys))
+        if outcome is not None and outcome.merge is None and not (self.before or self.after):
+            self._keep(outcome.index)
+        elif not stays:
+            for layer in layers:
                 self._write(layer, 0, *self._survivors(layer))
+        elif self.after > self.before:
+            for layer in layers:
+                self._write(layer, self.before, *self._unpacked(layer))
         if outcome is not None:
             for name, kept in outcome.state.items():
                 target.state[name][:, :, : outcome.index.shape[-1]] = kept
+
+    def _keep(self, index: Tensor) -> None:
+        """Move survivors of which none is or will be packed."""
+        source, target, count = self.source, self.target, index.shape[-1]
+        keep(source.keys, target.keys, index)
+        keep(source.values, target.values, index)
+        keep(source.position.unsqueeze(-1), target.position.unsqueeze(-1), index)
+        if not self.in_cache:
+            return
+        place = torch.arange(count, device=index.device)
+        for keys, past in zip(target.keys, index, strict=True):
+            live = keys[:, :count]
+            live.copy_(self.rotary.rotate(live.to(self.dtype), place - past))
 
     def _unpacked(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of the keys and values that are not packed, and where the keys are."""
@@ -104,9 +121,30 @@ class Move:
 
 
 def _select(entries: Tensor, index: Tensor) -> Tensor:
-    """Of `[H, n, head_dim]` the entries `index` `[H, m]`; head by head, since that is twice as fast."""
-    heads, head_dim = len(entries), entries.shape[-1]
-    selected = torch.empty(heads, index.shape[-1], head_dim, dtype=entries.dtype, device=entries.device)
+    """Of `[H, n, ...]` the entries `index` `[H, m]`; head by head, since that is twice as fast."""
+    selected = entries.new_empty(*index.shape, *entries.shape[2:])
     for head, kept, into in zip(entries, index, selected, strict=True):
         torch.index_select(head, 0, kept, out=into)
     return selected
+
+
+def _keep(source: Tensor, target: Tensor, index: Tensor) -> None:
+    for entries, kept, into in zip(source, index, target, strict=True):
+        into[:, : kept.shape[-1]] = _select(entries, kept)
+
+
+_operators = torch.library.Library("buzz", "DEF")
+_operators.define("keep(Tensor source, Tensor(a!) target, Tensor index) -> ()")
+_operators.impl("keep", _keep, "CompositeExplicitAutograd")
+
+
+def keep(source: Tensor, target: Tensor, index: Tensor) -> None:
+    """Write the entries that stay to the front of the target: an operator, `buzz::keep`, for which a backend
+    may register a kernel of its own.
+
+    Args:
+        source: `[L, H, n, ...]`, the entries of a head one behind the other.
+        target: the same but for n: the same memory, or some that does not overlap it.
+        index: int64 `[L, H, m]`, ascending.
+    """
+    torch.ops.buzz.keep(source, target, index)

@@ -31,12 +31,13 @@ class Process:
         Raises:
             EngineError: it has ended.
         """
-        assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
-        try:
-            self._process.stdin.write(line + b"\n")
-            await self._process.stdin.drain()
-        except ConnectionError:
-            raise self.ended() from None
+        stdin = self._process.stdin
+        assert stdin is not None  # noqa: S101 - a pipe was asked for
+        with suppress(ConnectionError):
+            stdin.write(line + b"\n")
+            await stdin.drain()
+        if stdin.is_closing():  # which drain may be too early to know
+            raise self.ended()
 
     async def read(self) -> bytes:
         """The next line; empty at its end."""

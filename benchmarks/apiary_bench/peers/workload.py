@@ -167,7 +167,7 @@ def _named(
             "decode",
             "many sessions decode at the same time",
             Rate.DECODE,
-            GIB,
+            2 * GIB,
             (Point(f"{decode.sessions} x {decode.history}", decode.sessions, decode),),
         ),
         Workload(

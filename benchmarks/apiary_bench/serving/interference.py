@@ -134,6 +134,7 @@ async def run(scene: Scene, client: aio.Client, observe: Observer) -> Interferen
     if max(scene.prompt, scene.history) > model.max_prompt_tokens:
         raise SettingsError(f"the worker takes turns of at most {model.max_prompt_tokens} tokens")
     capacity = await client.get_capacity(timeout=_CALL)
+    _check_memory(scene, capacity)
     words = vocabulary(model)
     times = []
     async with _sessions(scene, client) as names:
@@ -148,6 +149,20 @@ async def run(scene: Scene, client: aio.Client, observe: Observer) -> Interferen
             )
             observe("times", number + 1, scene.repeats + 1)
     return Interference(model=model, capacity=capacity, times=times[1:])
+
+
+def _check_memory(scene: Scene, capacity: Capacity) -> None:
+    """See whether nobody would have to wait for memory, which would be measured instead."""
+    if scene.policy is not None:
+        return  # how large its slots are is not known
+    turns, slot = scene.streams + 1, capacity.slot_bytes
+    needed = capacity.workspaces * capacity.workspace_bytes + 2 * turns * slot
+    if needed > capacity.budget_bytes:
+        raise SettingsError(
+            f"{turns} turns beside each other need a cache budget of {needed:,} bytes on this worker (each "
+            f"has two slots of {slot:,}, one for the state before it), and it has {capacity.budget_bytes:,}: "
+            f"start it with --cache-budget {-(-needed // 2**20)}MiB, or ask for fewer --streams"
+        )
 
 
 async def _measure(

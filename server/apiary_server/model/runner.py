@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from torch import Tensor
 from apiary_server.model.attention import Batch, ChunkRun, DecodeRun
 from apiary_server.model.backends.base import Backend
 from apiary_server.sessions.pool import Lease
-from buzz import Buffers, Cache
+from buzz import Buffers, Cache, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Runner:
         Returns:
             The logits behind the last token of each piece that asks for them, `[rows, vocab]`, in order.
         """
-        order = sorted(range(len(pieces)), key=lambda i: _neighbourhood(pieces[i]))
+        kinds = [_neighbourhood(piece) for piece in pieces]
+        order = sorted(range(len(pieces)), key=kinds.__getitem__)
         packed = [pieces[i] for i in order]
         starts = list(itertools.accumulate((len(piece.tokens) for piece in packed), initial=0))
         tokens = [token for piece in packed for token in piece.tokens]
@@ -65,7 +67,7 @@ class Runner:
             if not piece.decodes:
                 cache = piece.cache
                 batch.chunks.append(
-                    ChunkRun(rows, cache.live, cache.n, cache.seen, cache.policy.states, cache.policy.log_n)
+                    ChunkRun(rows, cache.live, cache.n, cache.seen, cache.states, cache.policy.log_n)
                 )
         decoding = [piece for piece in packed if piece.decodes]  # they are the first rows
         entries = self._tensor([piece.cache.n for piece in decoding])
@@ -80,7 +82,7 @@ class Runner:
                     entries[rows],
                     seen[rows],
                     max(piece.cache.n for piece in run) + 1,
-                    first.cache.policy.states,
+                    first.cache.states,
                     first.cache.policy.log_n,
                     first.place,
                 )
@@ -92,7 +94,7 @@ class Runner:
         """The tensors of neighbouring slots, with a leading dimension of slots, as they are used now."""
         first = run[0].place.index
         cache = run[0].cache
-        buffers = run[0].place.slots.buffers(slice(first, first + len(run)), cache.policy.states)
+        buffers = run[0].place.slots.buffers(slice(first, first + len(run)), cache.states)
         counts = [piece.cache.packed for piece in run]
         if buffers.packed is None or not any(counts):
             return buffers
@@ -105,19 +107,26 @@ class Runner:
 
 def _neighbourhood(piece: Piece) -> tuple[bool, int, int, str, bool, int]:
     """Sorts decoding pieces first, and such as can share a kernel behind each other."""
-    policy = piece.cache.policy
-    kind = (policy.log_n or 0, repr(policy.states), piece.cache.rotated_in_cache)
+    cache = piece.cache
+    kind = (cache.policy.log_n or 0, _words(cache.states), cache.rotated_in_cache)
     return (not piece.decodes, id(piece.place.slots), *kind, piece.place.index)
+
+
+@functools.lru_cache
+def _words(states: tuple[State, ...]) -> str:
+    """What can be sorted, unlike states themselves."""
+    return repr(states)
 
 
 def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Cut sorted pieces where slots are not neighbours or need another kernel."""
     runs: list[list[Piece]] = []
+    expected: list[object] = []
     for piece in pieces:
-        if runs:
-            *kind, index = _neighbourhood(runs[-1][-1])
-            if [*kind, index + 1] == list(_neighbourhood(piece)):
-                runs[-1].append(piece)
-                continue
-        runs.append([piece])
+        *kind, index = _neighbourhood(piece)
+        if runs and [*kind, index] == expected:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+        expected = [*kind, index + 1]
     return runs

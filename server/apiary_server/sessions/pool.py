@@ -206,9 +206,11 @@ class Pool:
         self.workspace_entries = workspace_entries
         self.workspaces = workspaces
         self.arena_bytes = budget - workspaces * workspace.bytes
-        self._arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=device)
+        # Zeros, so that the memory is there now: a first touch within a step would stop all streams, and
+        # memory that the machine does not have is missed at the start.
+        self._arena = torch.zeros(self.arena_bytes, dtype=torch.uint8, device=device)
         self._workspaces = SlotClass(
-            workspace, torch.empty(workspaces * workspace.bytes, dtype=torch.uint8, device=device)
+            workspace, torch.zeros(workspaces * workspace.bytes, dtype=torch.uint8, device=device)
         )
         self._free_workspaces = list(range(workspaces))
         self._classes: dict[SlotLayout, SlotClass] = {}

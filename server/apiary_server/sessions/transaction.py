@@ -88,9 +88,9 @@ class Transaction:
             self._workspace = self._residency.pool.lease_workspace()
             if self._workspace is None:
                 return 0
-            cache.copy_to(self._workspace.buffers(cache.policy.states))
+            cache.copy_to(self._workspace.buffers(cache.states))
         elif rewrites and self._second is not None and not self._in_second:
-            cache.copy_to(self._second.buffers(cache.policy.states))
+            cache.copy_to(self._second.buffers(cache.states))
             self._in_second = True
         cache.begin_segment(tokens)
         return tokens
@@ -104,7 +104,7 @@ class Transaction:
         )
         if not moves or home is None:
             return cache.end_segment()
-        evicted = cache.end_segment(into=home.buffers(cache.policy.states))
+        evicted = cache.end_segment(into=home.buffers(cache.states))
         self._in_second = self._second is not None
         self._release_workspace()
         return evicted
@@ -142,7 +142,7 @@ class Transaction:
             self._create_cache()
             return
         cache = self.cache
-        cache.buffers = lease.buffers(cache.policy.states)
+        cache.buffers = lease.buffers(cache.states)
         cache.restore(self._base)
         lease.restore_states(cache.n)
 
@@ -167,7 +167,7 @@ class Transaction:
 
     def _until_compaction(self, tokens: int) -> int:
         cache = self.cache
-        if any(state.per == "segment" for state in cache.policy.states):
+        if any(state.per == "segment" for state in cache.states):
             return 1
         count = 1
         while count < tokens and not cache.settles(count):

@@ -107,6 +107,10 @@ async def test_a_refusal_is_raised_as_it_is() -> None:
         ({"prompt": 0}, "prompt must be at least 1, not 0"),
         ({"repeats": 0}, "repeats must be at least 1, not 0"),
         ({"quiet": 1}, "quiet must be at least 2"),
+        (
+            {"streams": 512},
+            "513 turns beside each other need a cache budget .* start it with --cache-budget 1026MiB",
+        ),
         ({"prompt": 101}, "the worker takes turns of at most 100 tokens"),
         ({"history": 101}, "the worker takes turns of at most 100 tokens"),
     ],

@@ -8,9 +8,9 @@
 
 #include <stdlib.h>
 
-enum { LANES = 16, KEYS = 2 * LANES, DOTS = 8, SUMS = 6, WIDTH = 4 * LANES, TILE = 16, FLOATS = 1 << 18 };
+enum { LANES = 16, KEYS = 2 * LANES, DOTS = 8, SUMS = 6, WIDTH = 4 * LANES, VALUES = 128, TILE = 16, FLOATS = 1 << 18 };
 
-typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 /* Strides count elements. The last dimension of all tensors is contiguous. */
 typedef struct {
@@ -65,28 +65,33 @@ INLINE void dots(const int count, int64_t dim, const float *restrict queries, co
     }
 }
 
-/* output[v, :WIDTH] = sum of weights[v, j] * values[j, first:], for `count` of at most SUMS vectors. */
-INLINE void sums(const int count, const int bfloat16, int64_t view, int64_t dim, const float *restrict weights,
-                 int64_t stride, const void *restrict values, int64_t first, float *restrict output) {
+/* output[v, :WIDTH] += sum of weights[v, j] * values[j, :WIDTH] over j from `first` to before `end`, for `count` of
+   at most SUMS vectors. */
+INLINE void sums(const int count, const int bfloat16, int64_t first, int64_t end, int64_t dim,
+                 const float *restrict weights, int64_t stride, const void *restrict values, int64_t channel,
+                 float *restrict output) {
     Lanes sums[SUMS][4];
 #pragma GCC unroll 6
-    for (int v = 0; v < count; v++) sums[v][0] = sums[v][1] = sums[v][2] = sums[v][3] = (Lanes){0};
-    for (int64_t j = 0; j < view; j++) {
+    for (int v = 0; v < count; v++)
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; p++) sums[v][p] = *(const Lanes *)(output + v * dim + p * LANES);
+    for (int64_t j = first; j < end; j++) {
         Lanes part[4];
-        if (bfloat16) {
-            float wide[WIDTH];
-            for (int d = 0; d < WIDTH; d++) wide[d] = element(values, j * dim + first + d, 1);
-            memcpy(part, wide, sizeof part);
-        } else {
-            memcpy(part, (const float *)values + j * dim + first, sizeof part);
-        }
+        float wide[WIDTH];
+        if (bfloat16)
+            for (int d = 0; d < WIDTH; d++) wide[d] = element(values, j * dim + channel + d, 1);
+        const float *value = bfloat16 ? wide : (const float *)values + j * dim + channel;
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; p++) part[p] = *(const Lanes *)(value + p * LANES);
 #pragma GCC unroll 6
         for (int v = 0; v < count; v++)
 #pragma GCC unroll 4
             for (int p = 0; p < 4; p++) sums[v][p] += weights[v * stride + j] * part[p];
     }
 #pragma GCC unroll 6
-    for (int v = 0; v < count; v++) memcpy(output + v * dim, sums[v], sizeof sums[v]);
+    for (int v = 0; v < count; v++)
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; p++) *(Lanes *)(output + v * dim + p * LANES) = sums[v][p];
 }
 
 /* What is left of channels that WIDTH does not divide. */
@@ -139,6 +144,8 @@ FOR_EACH_PROCESSOR static void work(const Chunk *task, const Tile *tile, float *
         const float *keys = tile->keys + first * dim;
         for (v = 0; v + DOTS <= tile->vectors; v += DOTS)
             dots(DOTS, dim, tile->queries + v * dim, keys, tile->weights + v * stride + first, stride);
+        for (; v + 3 <= tile->vectors; v += 3)
+            dots(3, dim, tile->queries + v * dim, keys, tile->weights + v * stride + first, stride);
         for (; v < tile->vectors; v++)
             dots(1, dim, tile->queries + v * dim, keys, tile->weights + v * stride + first, stride);
     }
@@ -149,16 +156,20 @@ FOR_EACH_PROCESSOR static void work(const Chunk *task, const Tile *tile, float *
     }
     for (int64_t s = 0; s < task->states; s++)
         record_tile(task, tile, &task->state[s], recorded + s * task->entries);
-    int64_t first = 0;
-#define SUM(COUNT, BFLOAT16)                                                                                        \
-    sums(COUNT, BFLOAT16, tile->view, dim, tile->weights + v * stride, stride, values, first, output + v * dim + first)
-    for (; first + WIDTH <= dim; first += WIDTH) {
-        for (v = 0; v + SUMS <= tile->vectors; v += SUMS) task->bfloat16 ? SUM(SUMS, 1) : SUM(SUMS, 0);
-        for (; v < tile->vectors; v++) task->bfloat16 ? SUM(1, 1) : SUM(1, 0);
-    }
+    int64_t channel = 0;
+    memset(output, 0, sizeof(float) * tile->vectors * dim);
+#define SUM(COUNT, BFLOAT16)                                                                                     \
+    sums(COUNT, BFLOAT16, first, end, dim, tile->weights + v * stride, stride, values, channel, output + v * dim + channel)
+    for (; channel + WIDTH <= dim; channel += WIDTH)
+        for (int64_t first = 0; first < tile->view; first += VALUES) { /* so few stay in the nearest cache */
+            int64_t end = smaller(first + VALUES, tile->view);
+            for (v = 0; v + SUMS <= tile->vectors; v += SUMS) task->bfloat16 ? SUM(SUMS, 1) : SUM(SUMS, 0);
+            for (; v + 3 <= tile->vectors; v += 3) task->bfloat16 ? SUM(3, 1) : SUM(3, 0);
+            for (; v < tile->vectors; v++) task->bfloat16 ? SUM(1, 1) : SUM(1, 0);
+        }
 #undef SUM
-    if (first < dim)
-        narrow_sums(tile->vectors, task->bfloat16, tile->view, dim, tile->weights, stride, values, first, output);
+    if (channel < dim)
+        narrow_sums(tile->vectors, task->bfloat16, tile->view, dim, tile->weights, stride, values, channel, output);
     for (int64_t t = 0; t < tile->tokens; t++)
         memcpy(task->output + ((tile->first + t) * task->kv_heads + tile->head) * task->group * dim,
                output + t * task->group * dim, sizeof(float) * task->group * dim);

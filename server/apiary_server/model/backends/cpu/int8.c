@@ -110,7 +110,7 @@ int apiary_int8_linear(const Linear *task) {
                 uint8_t *high = codes + row * DIGITS * quads * 4;
                 scales[row] = digits(task->input + row * task->input_row, task->inputs, quads, high, high + quads * 4);
             }
-#pragma omp for
+#pragma omp for schedule(dynamic)
             for (int64_t column = 0; column < task->outputs; column += COLUMNS)
                 columns(task, column, quads, codes, scales);
         }

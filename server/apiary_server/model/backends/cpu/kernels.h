@@ -45,9 +45,21 @@ INLINE float element(const void *memory, int64_t at, int bfloat16) {
     return value;
 }
 
+/* Compilers do not vectorise a maximum of floats by themselves, since NaN makes its order matter. */
+INLINE float largest(const float *restrict values, int64_t count) {
+    enum { SIDE_BY_SIDE = 64 };
+    float most[SIDE_BY_SIDE], result = values[0];
+    int64_t j = 0;
+    for (int i = 0; i < SIDE_BY_SIDE; i++) most[i] = result;
+    for (; j + SIDE_BY_SIDE <= count; j += SIDE_BY_SIDE)
+        for (int i = 0; i < SIDE_BY_SIDE; i++) most[i] = values[j + i] > most[i] ? values[j + i] : most[i];
+    for (; j < count; j++) result = values[j] > result ? values[j] : result;
+    for (int i = 0; i < SIDE_BY_SIDE; i++) result = most[i] > result ? most[i] : result;
+    return result;
+}
+
 INLINE void softmax(float *restrict logits, int64_t entries, float scale) {
-    float most = logits[0], sum = 0;
-    for (int64_t j = 0; j < entries; j++) most = logits[j] > most ? logits[j] : most;
+    float most = largest(logits, entries), sum = 0;
     for (int64_t j = 0; j < entries; j++) {
         logits[j] = exponential((logits[j] - most) * scale);
         sum += logits[j];

@@ -11,9 +11,9 @@ from torch.nn import SiLU
 from transformers.activations import SiLUActivation
 
 from apiary_server.model.attention import ChunkRun, DecodeRun
+from apiary_server.model.backends.cpu import float32, int8, moving
 from apiary_server.model.backends.cpu.attention import Chunk, Decode
 from apiary_server.model.backends.cpu.elementwise import Elementwise
-from apiary_server.model.backends.cpu.int8 import Vnni, supported
 from apiary_server.model.backends.cpu.linear import Int8, Packed
 from apiary_server.model.operations import Linear, Norm, Operations
 
@@ -45,6 +45,7 @@ class Kernels(Products):
         super().__init__(make)
         self._elementwise = Elementwise()
         self._decode, self._chunk = Decode(), Chunk()
+        moving.register()
 
     def add_norm(self, norm: Norm, rows: Tensor, more: Tensor | None) -> Tensor:
         return self._elementwise.add_norm(norm, rows, more)
@@ -70,7 +71,7 @@ class Kernels(Products):
 
 def fastest(weights: Literal["fp32", "int8"]) -> Operations:
     """What this machine has."""
-    make = Packed if weights == "fp32" else _int8()
+    make = _float32() if weights == "fp32" else _int8()
     try:
         return Kernels(make)
     except OSError as error:
@@ -81,8 +82,12 @@ def fastest(weights: Literal["fp32", "int8"]) -> Operations:
         return Products(make)
 
 
+def _float32() -> Callable[[Tensor, Tensor | None], Linear]:
+    return float32.Avx512 if float32.supported() else Packed
+
+
 def _int8() -> Callable[[Tensor, Tensor | None], Linear]:
-    if supported():
-        return Vnni
+    if int8.supported():
+        return int8.Vnni
     _log.warning("int8 weights run without their kernel, at half the speed: it needs AVX-512 VNNI")
     return Int8

@@ -7,13 +7,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from apiary_server.model.backends.cpu.int8 import Vnni, supported
+from apiary_server.model.backends.cpu import float32, int8
+from apiary_server.model.backends.cpu.float32 import Avx512
+from apiary_server.model.backends.cpu.int8 import Vnni
 from apiary_server.model.backends.cpu.linear import Int8, Packed
 from apiary_server.model.decoder import Linear
 
 SHAPES = [(96, 40), (576, 1536), (101, 37)]
-needs_vnni = pytest.mark.skipif(not supported(), reason="this processor has no AVX-512 VNNI")
-VNNI, INEXACT = pytest.param(Vnni, marks=needs_vnni), pytest.param(Vnni, 1e-2, marks=needs_vnni)
+needs_avx512 = pytest.mark.skipif(not float32.supported(), reason="this processor has no AVX-512")
+needs_vnni = pytest.mark.skipif(not int8.supported(), reason="this processor has no AVX-512 VNNI")
+AVX512, VNNI = pytest.param(Avx512, marks=needs_avx512), pytest.param(Vnni, marks=needs_vnni)
+PRODUCTS = [
+    (Packed, 1e-5),
+    pytest.param(Avx512, 1e-5, marks=needs_avx512),
+    (Int8, 1e-2),
+    pytest.param(Vnni, 1e-2, marks=needs_vnni),
+]
 INT8 = [Int8, VNNI]
 
 
@@ -31,7 +40,7 @@ def rows_like(shape: tuple[int, int], count: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [1, 2, 16, 300])
-@pytest.mark.parametrize(("make", "error"), [(Packed, 1e-5), (Int8, 1e-2), INEXACT])
+@pytest.mark.parametrize(("make", "error"), PRODUCTS)
 def test_a_product_is_that_of_the_weights(
     make: Callable[[Tensor, Tensor | None], Linear], error: float, shape: tuple[int, int], count: int
 ) -> None:
@@ -55,17 +64,17 @@ def test_two_digits_leave_the_weights_as_the_only_error(make: type[Int8 | Vnni])
     assert float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 1e-3
 
 
-@pytest.mark.parametrize("make", INT8)
+@pytest.mark.parametrize("make", [AVX512, *INT8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_row_of_integers_does_not_depend_on_the_others(
-    make: type[Int8 | Vnni], shape: tuple[int, int]
+def test_a_row_does_not_depend_on_the_others(
+    make: type[Avx512 | Int8 | Vnni], shape: tuple[int, int]
 ) -> None:
     weight, bias = layer(shape)
-    int8, rows = make(weight, bias), rows_like(shape, 65)
-    together = int8(rows)
-    for count in (1, 2, 17, 40):
-        assert torch.equal(int8(rows[:count]), together[:count])
-        assert torch.equal(int8(rows[-count:]), together[-count:])
+    product, rows = make(weight, bias), rows_like(shape, 75)
+    together = product(rows)
+    for count in (1, 2, 3, 4, 5, 6, 7, 17, 40):
+        assert torch.equal(product(rows[:count]), together[:count])
+        assert torch.equal(product(rows[-count:]), together[-count:])
 
 
 @pytest.mark.parametrize("make", INT8)
@@ -83,9 +92,9 @@ def test_the_largest_sums_fit() -> None:
         Vnni(torch.zeros(1, 2**16 + 1), None)
 
 
-@needs_vnni
-def test_rows_may_lie_apart() -> None:
+@pytest.mark.parametrize("make", [AVX512, VNNI])
+def test_rows_may_lie_apart(make: type[Avx512 | Vnni]) -> None:
     weight, bias = layer(SHAPES[0])
     rows = torch.randn(5, 80)
     for view in (rows[:, 8:48], torch.randn(40, 5).t()):
-        assert torch.equal(Vnni(weight, bias)(view), Vnni(weight, bias)(view.contiguous()))
+        assert torch.equal(make(weight, bias)(view), make(weight, bias)(view.contiguous()))

@@ -1,0 +1,85 @@
+/* Linear layers of float32.
+
+   A weight lies in panels of COLUMNS outputs, in the order in which they are read: once for up to ROWS rows,
+   from the cache for every ROWS more. Each sum is taken over the inputs in order, whatever the number of rows,
+   so a row's result does not depend on the other rows. */
+
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx512f,fma")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+enum { LANES = 16, VECTORS = 3, COLUMNS = LANES * VECTORS, ROWS = 8, SHARE = 64 };
+
+typedef struct {
+    int64_t rows, inputs, outputs;
+    const float *input; /* [rows, inputs] */
+    int64_t input_row;
+    const float *weights; /* [outputs / COLUMNS, rounded up, inputs, COLUMNS], zeros beyond */
+    const float *bias;    /* [outputs, rounded up], or NULL */
+    float *output;        /* [rows, outputs], contiguous */
+} Linear;
+
+/* COLUMNS outputs of `rows` rows. */
+INLINE void block(const int rows, const Linear *task, int64_t first, int64_t column) {
+    const float *restrict weights = task->weights + column * task->inputs;
+    const float *restrict input = task->input + first * task->input_row;
+    const int64_t inputs = task->inputs, stride = task->input_row;
+    __m512 sums[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+        for (int v = 0; v < VECTORS; v++)
+            sums[r][v] = task->bias ? _mm512_loadu_ps(task->bias + column + v * LANES) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < inputs; k++, weights += COLUMNS) {
+        __m512 some[VECTORS];
+#pragma GCC unroll 3
+        for (int v = 0; v < VECTORS; v++) some[v] = _mm512_loadu_ps(weights + v * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            __m512 value = _mm512_set1_ps(input[r * stride + k]);
+#pragma GCC unroll 3
+            for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm512_fmadd_ps(value, some[v], sums[r][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+        for (int v = 0; v < VECTORS; v++) {
+            int64_t at = column + v * LANES, left = task->outputs - at;
+            if (left <= 0) continue;
+            __mmask16 mask = left < LANES ? (__mmask16)((1u << left) - 1) : 0xffff;
+            _mm512_mask_storeu_ps(task->output + (first + r) * task->outputs + at, mask, sums[r][v]);
+        }
+}
+
+/* COLUMNS outputs of the rows from `row` to before `end`. */
+TARGET static void columns(const Linear *task, int64_t column, int64_t row, int64_t end) {
+    for (; row + ROWS <= end; row += ROWS) block(ROWS, task, row, column);
+    switch (end - row) {
+    case 7: block(7, task, row, column); break;
+    case 6: block(6, task, row, column); break;
+    case 5: block(5, task, row, column); break;
+    case 4: block(4, task, row, column); break;
+    case 3: block(3, task, row, column); break;
+    case 2: block(2, task, row, column); break;
+    case 1: block(1, task, row, column); break;
+    }
+}
+
+int apiary_float32_supported(void) { return __builtin_cpu_supports("avx512f") != 0; }
+
+/* Shares are dealt as they are asked for: the threads that deliver tokens take a processor now and then. */
+void apiary_float32_linear(const Linear *task) {
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int64_t row = 0; row < task->rows; row += SHARE)
+        for (int64_t column = 0; column < task->outputs; column += COLUMNS)
+            columns(task, column, row, row + SHARE < task->rows ? row + SHARE : task->rows);
+}
+#else
+int apiary_float32_supported(void) { return 0; }
+void apiary_float32_linear(const void *task) { (void)task; }
+#endif
