@@ -10,11 +10,21 @@ from torch import Tensor
 
 
 class Parking:
-    """Plain memory: what is asked for is done when a call returns."""
+    """Plain memory: what is asked for is done when a call returns.
+
+    One buffer that came back is kept, since sessions come and go in turns, and to touch fresh memory takes
+    longer than to copy a slot.
+    """
+
+    def __init__(self) -> None:
+        self._spare: Tensor | None = None
 
     def park(self, slot: Tensor) -> Tensor:
         """Copy a slot's bytes, uint8 `[bytes]`, to host memory."""
-        return torch.empty(slot.shape, dtype=torch.uint8).copy_(slot)
+        buffer, self._spare = self._spare, None
+        if buffer is None or buffer.shape != slot.shape:
+            buffer = torch.empty(slot.shape, dtype=torch.uint8)
+        return buffer.copy_(slot)
 
     def unpark(self, parked: Tensor, slot: Tensor) -> None:
         """Copy what `park` returned to a slot, which may be used then."""
@@ -22,6 +32,7 @@ class Parking:
 
     def forget(self, parked: Tensor) -> None:
         """Take back what `park` returned."""
+        self._spare = parked
 
     def settle(self, slot: Tensor) -> None:
         """Make sure that a slot may be written to: what was parked from there is not read there any more."""
@@ -61,6 +72,7 @@ class PinnedParking(Parking):
     """
 
     def __init__(self, budget: int, copies: Copies) -> None:
+        super().__init__()
         self._budget = budget
         self._copies = copies
         self._pinned = 0  # bytes of all buffers

@@ -242,3 +242,16 @@ def test_a_gpus_slots_come_back_as_they_were() -> None:
         parking.unpark(buffer, slot)
         parking.forget(buffer)
     assert torch.equal(memory.cpu(), before.flip(0))
+
+
+def test_a_buffer_that_came_back_is_used_again() -> None:
+    parking, slots = Parking(), [torch.randint(256, (KIB,), dtype=torch.uint8) for _ in range(3)]
+    first = parking.park(slots[0])
+    home = first.data_ptr()
+    parking.forget(first)
+    second, third = parking.park(slots[1]), parking.park(slots[2])
+    assert second.data_ptr() == home != third.data_ptr()
+    assert torch.equal(second, slots[1])
+    assert torch.equal(third, slots[2])
+    parking.forget(second)
+    assert parking.park(torch.zeros(2 * KIB, dtype=torch.uint8)).numel() == 2 * KIB
