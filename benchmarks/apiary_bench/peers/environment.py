@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from apiary_bench.peers.engine import EngineError
 from apiary_bench.progress import Observer
+from apiary_server.model.catalog import user_cache
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _RECIPE = "recipe.json"
@@ -187,5 +188,4 @@ class Environment:
 
 def root() -> Path:
     """Where environments lie: `apiary/peers` in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "apiary" / "peers"
+    return user_cache() / "peers"

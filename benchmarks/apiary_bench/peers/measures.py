@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
 from apiary_bench.peers.driver import failure
 from apiary_bench.peers.workload import Load, Rate
 from apiary_bench.serving.record import Outcome, Record
+from apiary_bench.serving.statistics import duration
 
 _TOGETHER = 0.5  # of all answers, at least, must come while all sessions decode
 
@@ -62,10 +62,7 @@ def measure(records: Sequence[Record], load: Load, rate: Rate, memory_bytes: int
                 raise Void("its sessions hardly decoded at the same time")
             found = together[0]
         case Rate.OUTPUT:
-            span = max(record.sent + record.ended for record in records) - min(
-                record.sent for record in records
-            )
-            found = sum(record.tokens for record in records) / span
+            found = sum(record.tokens for record in records) / duration(records)
         case Rate.PREFILL:
             found = median(record.input / record.arrivals[0] for record in records)
     return Measures(
@@ -95,7 +92,7 @@ def _together(records: Sequence[Record]) -> tuple[float, float] | None:
     A step's tokens are sent one after the other, in any order: what is less than half a step after the
     beginning belongs to the step before it, and what is less than half a step after the end to the last one.
     """
-    gaps = [after - before for record in records for before, after in pairwise(record.arrivals)]
+    gaps = [gap for record in records for gap in record.itl]
     if not gaps:
         return None
     half = median(gaps) / 2

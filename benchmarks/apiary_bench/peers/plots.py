@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from apiary_bench.errors import BenchError
 from apiary_bench.peers.measures import Measures
 from apiary_bench.peers.results import Results, Row
 from apiary_bench.peers.workload import Workload
@@ -18,36 +15,14 @@ from apiary_bench.peers.workload import Workload
 _INCHES = (10.0, 4.0)
 
 
-def require(directory: Path) -> None:
-    """Make the directory: better now than when all has been measured.
-
-    Raises:
-        BenchError: pictures cannot be written there.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BenchError(f"pictures cannot be written to {directory}: {error}") from error
-
-
-def draw(directory: Path, results: Results, workloads: Sequence[Workload]) -> list[Path]:
-    """Draw `peers.png` of the workloads with few points, and one picture of each workload that grows.
-
-    Raises:
-        BenchError: a picture cannot be written.
-    """
-    mpl.use("Agg")  # no display is needed
+def figures(results: Results, workloads: Sequence[Workload]) -> dict[str, Figure]:
+    """By file name: `peers.png` of the workloads with few points, and one picture of each that grows."""
     growing = [workload for workload in workloads if workload.axis is not None]
     others = [workload for workload in workloads if workload.axis is None]
-    pictures = {f"{workload.name}.png": growth(results, workload) for workload in growing}
+    found = {f"{workload.name}.png": growth(results, workload) for workload in growing}
     if others:
-        pictures["peers.png"] = bars(results, others)
-    try:
-        for name, figure in pictures.items():
-            figure.savefig(directory / name, dpi=150)
-    except OSError as error:
-        raise BenchError(f"pictures cannot be written to {directory}: {error}") from error
-    return [directory / name for name in pictures]
+        found["peers.png"] = bars(results, others)
+    return found
 
 
 def bars(results: Results, workloads: Sequence[Workload]) -> Figure:

@@ -18,7 +18,7 @@ from apiary_server.engine import loop
 from apiary_server.engine.delivery import Delivery
 from apiary_server.engine.loop import Loop
 from apiary_server.engine.result import Observer, StepStats
-from apiary_server.model.backends.cpu import float32, int8, linear
+from apiary_server.model.backends.cpu import linear, panels
 from apiary_server.model.detokenizer import Detokenizer
 from apiary_server.model.operations import Operations
 from apiary_server.model.runner import Piece, Runner
@@ -26,10 +26,9 @@ from apiary_server.sessions.transaction import Transaction
 from buzz import attention as kernels
 
 _WATCHED: tuple[tuple[Part, Any, str], ...] = (
-    (Part.LINEAR, float32.Avx512, "__call__"),
+    (Part.LINEAR, panels.Panels, "__call__"),
     (Part.LINEAR, linear.Packed, "__call__"),
     (Part.LINEAR, linear.Int8, "__call__"),
-    (Part.LINEAR, int8.Vnni, "__call__"),
     (Part.LINEAR, nn.Linear, "forward"),
     (Part.EMBEDDING, nn.Embedding, "forward"),
     (Part.ATTENTION, Operations, "attend"),

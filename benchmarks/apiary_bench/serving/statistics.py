@@ -86,7 +86,7 @@ def summarise(records: Sequence[Record], objectives: Objectives) -> Summary:
     turns = Counter(record.outcome for record in records)
     completed = [record for record in records if record.outcome is Outcome.COMPLETED]
     delivered = [record for record in records if record.outcome in (Outcome.COMPLETED, Outcome.CANCELLED)]
-    duration = max(record.sent + record.ended for record in records) - min(record.sent for record in records)
+    length = duration(records)
     input_tokens = sum(record.input for record in completed)
     output_tokens = sum(record.tokens for record in delivered)
     messages = sum(len(record.arrivals) for record in delivered)
@@ -95,22 +95,28 @@ def summarise(records: Sequence[Record], objectives: Objectives) -> Summary:
         void=bool(turns[Outcome.FAILED] or turns[Outcome.CUT_SHORT]),
         turns={outcome: turns[outcome] for outcome in Outcome},
         reasons=dict(Counter(record.reason for record in records if record.reason is not None).most_common()),
-        duration=duration,
+        duration=length,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         cached_tokens=sum(record.usage.cached_tokens for record in completed if record.usage is not None),
         tokens_per_message=output_tokens / messages if messages else None,
-        request_throughput=len(completed) / duration,
-        output_throughput=output_tokens / duration,
-        total_throughput=(input_tokens + output_tokens) / duration,
+        request_throughput=len(completed) / length,
+        output_throughput=output_tokens / length,
+        total_throughput=(input_tokens + output_tokens) / length,
         good=good,
-        goodput=None if good is None else good / duration,
+        goodput=None if good is None else good / length,
         ttft=Distribution.of(record.ttft for record in completed),
         tpot=Distribution.of(record.tpot for record in completed),
         itl=Distribution.of(gap for record in completed for gap in record.itl),
         e2el=Distribution.of(record.e2el for record in completed),
         delay=Distribution.of(record.delay for record in records),
     )
+
+
+def duration(records: Iterable[Record]) -> float:
+    """Seconds from the first request to the end of the last turn."""
+    spans = [(record.sent, record.sent + record.ended) for record in records]
+    return max(end for _, end in spans) - min(begin for begin, _ in spans)
 
 
 def _good(record: Record, objectives: Objectives) -> bool:

@@ -80,8 +80,13 @@ def cache_directory() -> Path:
     """Where models lie: `$APIARY_CACHE_DIR`, else `apiary/models` in the user's cache directory."""
     if chosen := os.environ.get("APIARY_CACHE_DIR"):
         return Path(chosen).expanduser()
+    return user_cache() / "models"
+
+
+def user_cache() -> Path:
+    """`apiary` in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "apiary" / "models"
+    return Path(base).expanduser() / "apiary"
 
 
 def installed(cache_dir: Path | None = None) -> list[InstalledModel]:

@@ -44,8 +44,7 @@ class Runner:
         Returns:
             The logits behind the last token of each piece that asks for them, `[rows, vocab]`, in order.
         """
-        kinds = [_neighbourhood(piece) for piece in pieces]
-        order = sorted(range(len(pieces)), key=kinds.__getitem__)
+        order = sorted(range(len(pieces)), key=lambda i: _neighbourhood(pieces[i]))
         packed = [pieces[i] for i in order]
         starts = list(itertools.accumulate((len(piece.tokens) for piece in packed), initial=0))
         tokens = [token for piece in packed for token in piece.tokens]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from apiary_bench import pictures
 from apiary_bench.errors import BenchError
 from apiary_bench.peers import plots
 from apiary_bench.peers.results import PointResult, Results, Run
@@ -61,9 +62,9 @@ def test_an_engine_has_one_colour_everywhere() -> None:
 
 
 def test_files_are_written_for_what_was_measured(tmp_path: Path) -> None:
-    plots.require(tmp_path / "pictures")
+    pictures.require(tmp_path / "pictures")
     results = Results(ARGUMENTS, [run("ours", 30.0), growing("ours", 5.0, 6.0)])
-    written = plots.draw(tmp_path / "pictures", results, [SMALL, GROWING])
+    written = pictures.save(tmp_path / "pictures", plots.figures(results, [SMALL, GROWING]))
     assert {path.name for path in written} == {"peers.png", "growth-sessions.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
@@ -71,6 +72,8 @@ def test_files_are_written_for_what_was_measured(tmp_path: Path) -> None:
 def test_where_none_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BenchError, match="pictures cannot be written"):
-        plots.require(tmp_path / "file" / "pictures")
+        pictures.require(tmp_path / "file" / "pictures")
     with pytest.raises(BenchError, match="pictures cannot be written"):
-        plots.draw(tmp_path / "none", Results(ARGUMENTS, [run("ours", 30.0)]), [SMALL])
+        pictures.save(
+            tmp_path / "file" / "pictures", plots.figures(Results(ARGUMENTS, [run("ours", 30.0)]), [SMALL])
+        )

@@ -123,7 +123,8 @@ def peers(
     if resume and json is None:
         console.fail("--resume goes on with a file: name it with --json", code=2)
     with server_extra("bench"):
-        from apiary_bench import document
+        from apiary_bench import document, pictures
+        from apiary_bench.peers import plots as drawing
         from apiary_bench.peers import registry, report
         from apiary_bench.peers import run as runs
         from apiary_bench.peers.apiary import Running
@@ -144,8 +145,6 @@ def peers(
         if json is not None:
             document.require(json)
         if plots is not None:
-            from apiary_bench.peers import plots as pictures
-
             pictures.require(plots)
         there = resume and json is not None and json.exists()
         results = Results.read(json, arguments) if there and json is not None else Results(arguments)
@@ -181,7 +180,7 @@ def peers(
         for line in report.notes(results):
             console.note(line)
         if plots is not None:
-            pictures.draw(plots, results, loads)
+            pictures.save(plots, drawing.figures(results, loads))
 
 
 async def _until_stopped(measuring: Coroutine[Any, Any, None]) -> None:

@@ -53,18 +53,10 @@ def test_the_options_are_the_scene(invoke: Invoke, scenes: list[Scene]) -> None:
 
 
 def test_a_client_gets_the_connection_options(
-    invoke: Invoke, scenes: list[Scene], monkeypatch: pytest.MonkeyPatch
+    invoke: Invoke, scenes: list[Scene], clients: list[dict[str, Any]]
 ) -> None:
-    made: list[dict[str, Any]] = []
-
-    class Client(aio.Client):
-        def __init__(self, target: str, **options: Any) -> None:
-            made.append({"target": target} | options)
-            super().__init__(target, **options)
-
-    monkeypatch.setattr(aio, "Client", Client)
     assert invoke("--target", "localhost:7", "--tls", "--tenant", "bees").exit_code == 0
-    assert made == [{"target": "localhost:7", "tenant": "bees", "tls": TLS()}]
+    assert clients == [{"target": "localhost:7", "tenant": "bees", "tls": TLS()}]
 
 
 def test_a_report_is_printed_and_written(invoke: Invoke, scenes: list[Scene], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from apiary_bench.serving import generator
 from apiary_bench.serving.generator import Run
 from apiary_bench.serving.record import Outcome, Record
 from apiary_bench.serving.workload import Arrival, Objectives, Workload
-from apiary_client import TLS, aio
+from apiary_client import TLS
 from apiary_client.cli.app import app
 from tests.benchmarks.serving.fake_client import MODEL, capacity, usage
 
@@ -127,19 +127,11 @@ def test_the_options_are_the_workload(invoke: Invoke, loads: Callable[..., Loads
 
 
 def test_a_client_gets_the_connection_options(
-    invoke: Invoke, loads: Callable[..., Loads], monkeypatch: pytest.MonkeyPatch
+    invoke: Invoke, loads: Callable[..., Loads], clients: list[dict[str, Any]]
 ) -> None:
-    made: list[dict[str, Any]] = []
-
-    class Client(aio.Client):
-        def __init__(self, target: str, **options: Any) -> None:
-            made.append({"target": target} | options)
-            super().__init__(target, **options)
-
-    monkeypatch.setattr(aio, "Client", Client)
     loads(RUN)
     assert invoke("--target", "localhost:7", "--tls", "--tenant", "bees").exit_code == 0
-    assert made == [{"target": "localhost:7", "tenant": "bees", "tls": TLS()}]
+    assert clients == [{"target": "localhost:7", "tenant": "bees", "tls": TLS()}]
 
 
 def test_a_report_is_printed_and_written(invoke: Invoke, loads: Callable[..., Loads], tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 /* Linear layers of float32.
 
-   A weight lies in panels of COLUMNS outputs, in the order in which they are read: once for up to ROWS rows,
-   from the cache for every ROWS more. Each sum is taken over the inputs in order, whatever the number of rows,
+   A panel of the weight, [inputs, COLUMNS], is read once for up to ROWS rows, from the cache for every ROWS more.
+   Each sum is taken over the inputs in order, whatever the number of rows,
    so a row's result does not depend on the other rows. */
 
-#include <stdint.h>
+#include "panels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -12,20 +12,11 @@
 #define TARGET __attribute__((target("avx512f,fma")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-enum { LANES = 16, VECTORS = 3, COLUMNS = LANES * VECTORS, ROWS = 8, SHARE = 64 };
-
-typedef struct {
-    int64_t rows, inputs, outputs;
-    const float *input; /* [rows, inputs] */
-    int64_t input_row;
-    const float *weights; /* [outputs / COLUMNS, rounded up, inputs, COLUMNS], zeros beyond */
-    const float *bias;    /* [outputs, rounded up], or NULL */
-    float *output;        /* [rows, outputs], contiguous */
-} Linear;
+enum { ROWS = 8, SHARE = 64 };
 
 /* COLUMNS outputs of `rows` rows. */
 INLINE void block(const int rows, const Linear *task, int64_t first, int64_t column) {
-    const float *restrict weights = task->weights + column * task->inputs;
+    const float *restrict weights = (const float *)task->weights + column * task->inputs;
     const float *restrict input = task->input + first * task->input_row;
     const int64_t inputs = task->inputs, stride = task->input_row;
     __m512 sums[ROWS][VECTORS];
@@ -49,10 +40,9 @@ INLINE void block(const int rows, const Linear *task, int64_t first, int64_t col
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
         for (int v = 0; v < VECTORS; v++) {
-            int64_t at = column + v * LANES, left = task->outputs - at;
-            if (left <= 0) continue;
-            __mmask16 mask = left < LANES ? (__mmask16)((1u << left) - 1) : 0xffff;
-            _mm512_mask_storeu_ps(task->output + (first + r) * task->outputs + at, mask, sums[r][v]);
+            int64_t at = column + v * LANES;
+            __mmask16 mask = lanes(task->outputs - at);
+            if (mask) _mm512_mask_storeu_ps(task->output + (first + r) * task->outputs + at, mask, sums[r][v]);
         }
 }
 
@@ -72,14 +62,15 @@ TARGET static void columns(const Linear *task, int64_t column, int64_t row, int6
 
 int apiary_float32_supported(void) { return __builtin_cpu_supports("avx512f") != 0; }
 
-/* Shares are dealt as they are asked for: the threads that deliver tokens take a processor now and then. */
-void apiary_float32_linear(const Linear *task) {
+/* Returns 0, as it needs no memory. Shares are dealt as they are asked for: the threads that deliver tokens take a processor now and then. */
+int apiary_float32_linear(const Linear *task) {
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int64_t row = 0; row < task->rows; row += SHARE)
         for (int64_t column = 0; column < task->outputs; column += COLUMNS)
             columns(task, column, row, row + SHARE < task->rows ? row + SHARE : task->rows);
+    return 0;
 }
 #else
 int apiary_float32_supported(void) { return 0; }
-void apiary_float32_linear(const void *task) { (void)task; }
+int apiary_float32_linear(const Linear *task) { return task != 0; }
 #endif

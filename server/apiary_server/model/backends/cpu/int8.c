@@ -2,10 +2,13 @@
 
    A row x is scale * (high + low / 254), high and low being whole numbers from -127 to 127. Sums of whole
    numbers are exact, so a row's result does not depend on the other rows. The processor's instruction
-   multiplies unsigned by signed bytes; digits are stored 128 too large, and `offsets` takes that back. */
+   multiplies unsigned by signed bytes; digits are stored 128 too large, and `offsets`, int32, 128 times each
+   output's sum of weights, takes that back. A panel of the weight is int8 [inputs / 4, rounded up, COLUMNS, 4];
+   `scales` are float. */
+
+#include "panels.h"
 
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 
 #if defined(__x86_64__)
@@ -14,18 +17,7 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-enum { LANES = 16, VECTORS = 3, COLUMNS = LANES * VECTORS, ROWS = 4, DIGITS = 2 };
-
-typedef struct {
-    int64_t rows, inputs, outputs;
-    const float *input; /* [rows, inputs] */
-    int64_t input_row;
-    const int8_t *weights;  /* [outputs / COLUMNS, inputs / 4, COLUMNS, 4], both rounded up, zeros beyond */
-    const float *scales;    /* [outputs, rounded up]: of the weights */
-    const int32_t *offsets; /* [outputs, rounded up]: 128 times each output's sum of weights */
-    const float *bias;      /* the same, or NULL */
-    float *output;          /* [rows, outputs], contiguous */
-} Linear;
+enum { ROWS = 4, DIGITS = 2 };
 
 /* Digits of one row, `quads` * 4 of each, and its scale. */
 TARGET static float digits(const float *restrict row, int64_t inputs, int64_t quads, uint8_t *restrict high,
@@ -45,7 +37,7 @@ TARGET static float digits(const float *restrict row, int64_t inputs, int64_t qu
 /* COLUMNS outputs of `rows` rows. */
 INLINE void block(const int rows, const Linear *task, int64_t first, int64_t column, int64_t quads,
                   const uint8_t *restrict codes, const float *restrict scales) {
-    const int8_t *weights = task->weights + column * quads * 4;
+    const int8_t *weights = (const int8_t *)task->weights + column * quads * 4;
     __m512i sums[ROWS * DIGITS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows * DIGITS; r++)
@@ -67,14 +59,14 @@ INLINE void block(const int rows, const Linear *task, int64_t first, int64_t col
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
         for (int v = 0; v < VECTORS; v++) {
-            int64_t at = column + v * LANES, left = task->outputs - at;
-            if (left <= 0) continue;
-            __mmask16 mask = left < LANES ? (__mmask16)((1u << left) - 1) : 0xffff;
-            __m512i offset = _mm512_loadu_si512(task->offsets + at);
+            int64_t at = column + v * LANES;
+            __mmask16 mask = lanes(task->outputs - at);
+            if (!mask) continue;
+            __m512i offset = _mm512_loadu_si512((const int32_t *)task->offsets + at);
             __m512 high = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r * DIGITS][v], offset));
             __m512 low = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r * DIGITS + 1][v], offset));
             __m512 result = _mm512_fmadd_ps(low, _mm512_set1_ps(1.0f / 254), high);
-            result = _mm512_mul_ps(result, _mm512_loadu_ps(task->scales + at));
+            result = _mm512_mul_ps(result, _mm512_loadu_ps((const float *)task->scales + at));
             result = _mm512_mul_ps(result, _mm512_set1_ps(scales[r]));
             if (task->bias) result = _mm512_add_ps(result, _mm512_loadu_ps(task->bias + at));
             _mm512_mask_storeu_ps(task->output + (first + r) * task->outputs + at, mask, result);
@@ -121,5 +113,5 @@ int apiary_int8_linear(const Linear *task) {
 }
 #else
 int apiary_int8_supported(void) { return 0; }
-int apiary_int8_linear(const void *task) { return task != 0; }
+int apiary_int8_linear(const Linear *task) { return task != 0; }
 #endif

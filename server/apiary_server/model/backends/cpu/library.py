@@ -11,8 +11,9 @@ _HERE = Path(__file__).parent
 
 
 def binary(source: Path) -> Path:
-    """Where the compiled form of a C file lies: beside it, named by its contents, so never stale."""
-    sources = (source.with_name("kernels.h"), source)
+    """Where the compiled form of a C file lies: beside it, named by its contents and the headers', so never
+    stale."""
+    sources = (*sorted(source.parent.glob("*.h")), source)
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
     return source.with_name(f"{source.stem}-{digest}.so")
 

@@ -1,0 +1,89 @@
+"""Linear layers by our own kernels, `float32.c` and `int8.c`: what they share, as in `panels.h`."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from apiary_server.model.backends.cpu.library import library
+
+COLUMNS = 48  # outputs that a kernel takes together
+
+
+class _Linear(ctypes.Structure):
+    """As in `panels.h`."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "inputs", "outputs")),
+        ("input", c_void_p),
+        ("input_row", c_int64),
+        *((name, c_void_p) for name in ("weights", "bias", "output", "scales", "offsets")),
+    )
+
+
+def supported(kernel: str) -> bool:
+    """Whether a kernel was built, and this processor has its instructions."""
+    try:
+        return bool(library(kernel)[f"apiary_{kernel}_supported"]())
+    except OSError:
+        return False
+
+
+class Panels:
+    """A linear layer whose weight lies in panels of `COLUMNS` outputs, in the order in which they are read.
+
+    Args:
+        kernel: its name.
+        shape: outputs and inputs.
+        weights: the panels, `[outputs / COLUMNS, rounded up, ...]`, contiguous.
+        bias: float32 `[outputs]`.
+        scales: of weights in eight bits, float32 `[outputs, rounded up]`.
+        offsets: of such, int32 `[outputs, rounded up]`.
+
+    Raises:
+        OSError: the kernel was not built.
+    """
+
+    def __init__(
+        self,
+        kernel: str,
+        shape: torch.Size,
+        weights: Tensor,
+        bias: Tensor | None,
+        scales: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> None:
+        self._linear = library(kernel)[f"apiary_{kernel}_linear"]
+        self._linear.argtypes, self._linear.restype = [POINTER(_Linear)], c_int
+        self._outputs, self._inputs = shape
+        more = -self._outputs % COLUMNS
+        self._weights, self._scales, self._offsets = weights, scales, offsets
+        self._bias = None if bias is None else pad(bias, (0, more))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        output = torch.empty(len(rows), self._outputs)
+        task = _Linear(
+            rows=len(rows),
+            inputs=self._inputs,
+            outputs=self._outputs,
+            input=rows.data_ptr(),
+            input_row=rows.stride(0),
+            weights=self._weights.data_ptr(),
+            bias=_address(self._bias),
+            output=output.data_ptr(),
+            scales=_address(self._scales),
+            offsets=_address(self._offsets),
+        )
+        if self._linear(byref(task)):
+            raise MemoryError(f"no memory for the digits of {len(rows)} rows")
+        return output
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
