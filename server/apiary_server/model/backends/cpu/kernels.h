@@ -22,10 +22,11 @@ INLINE float exponential(float x) {
     power = power * part + 2.402264791e-1f;
     power = power * part + 6.931472029e-1f;
     power = power * part + 1.0f;
-    int32_t bits = ((int32_t)whole + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return power * scale;
+    int32_t bits; /* of 2^part, to whose exponent the rest is added */
+    memcpy(&bits, &power, sizeof bits);
+    bits += (int32_t)whole * (1 << 23);
+    memcpy(&power, &bits, sizeof power);
+    return power;
 }
 
 enum { MOST_STATES = 2 };
@@ -58,12 +59,17 @@ INLINE float largest(const float *restrict values, int64_t count) {
     return result;
 }
 
-INLINE void softmax(float *restrict logits, int64_t entries, float scale) {
+/* Softmax but for a factor, which it returns. */
+INLINE float exponentials(float *restrict logits, int64_t entries, float scale) {
     float most = largest(logits, entries), sum = 0;
     for (int64_t j = 0; j < entries; j++) {
         logits[j] = exponential((logits[j] - most) * scale);
         sum += logits[j];
     }
-    float factor = 1.0f / sum;
+    return 1.0f / sum;
+}
+
+INLINE void softmax(float *restrict logits, int64_t entries, float scale) {
+    float factor = exponentials(logits, entries, scale);
     for (int64_t j = 0; j < entries; j++) logits[j] *= factor;
 }
