@@ -86,6 +86,7 @@ def generate_request(
     logprobs: int | None = None,
     priority: int = 0,
     request_id: str | None = None,
+    next_index: int = 0,
     on_cancel: OnCancel | None = None,
     when_busy: WhenBusy | None = None,
 ) -> generation_pb.GenerateRequest:
@@ -105,6 +106,7 @@ def generate_request(
         logprobs=logprobs,
         priority=priority,
         request_id=request_id or "",
+        next_index=next_index,
         on_cancel=_ON_CANCEL[on_cancel] if on_cancel else generation_pb.ON_CANCEL_UNSPECIFIED,
         when_busy=_WHEN_BUSY[when_busy] if when_busy else generation_pb.WHEN_BUSY_UNSPECIFIED,
     )

@@ -85,7 +85,10 @@ class TurnOptions(TypedDict, total=False):
     priority: int
     """Higher goes first among the requests of one tenant, -100 to 100."""
     request_id: str | None
-    """Makes the turn idempotent."""
+    """Makes a turn of a session idempotent: the same request again gets the same answer, and a turn that
+    still runs goes on for the newest call."""
+    next_index: int
+    """With a `request_id` that was used before: the number of the answer's tokens that came."""
     on_cancel: OnCancel | None
     """What a cancel leaves behind."""
     when_busy: WhenBusy | None

@@ -99,6 +99,9 @@ class Settings(BaseSettings):
     stream_tokens: int = Field(
         1024, ge=1, description="tokens that wait for a slow reader; then its turn pauses"
     )
+    reattach_grace: float = Field(
+        10.0, ge=0, description="a turn with a request id goes on for this long without its reader"
+    )
     step_limit: float = Field(120.0, gt=0, description="a step that hangs this long ends the process")
     session_ttl: float = Field(
         86_400.0, gt=0, le=100 * 365 * 86_400, description="sessions end this long after their last turn"

@@ -146,7 +146,14 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
         model=model,
         door=Door(model, loaded.tokenizer, sessions, residency, loaded.rotary, scheduler),
         scheduler=scheduler,
-        loop=Loop(Runner(loaded.backend), scheduler, sessions, residency, observer or Observer()),
+        loop=Loop(
+            Runner(loaded.backend),
+            scheduler,
+            sessions,
+            residency,
+            observer or Observer(),
+            settings.reattach_grace,
+        ),
         sessions=sessions,
         step_limit=settings.step_limit,
     )

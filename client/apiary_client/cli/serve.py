@@ -120,6 +120,12 @@ def serve(
         str | None,
         _flag(_SCHEDULING, "N", "1024", "Tokens that wait for a slow reader; then it pauses."),
     ] = None,
+    reattach_grace: Annotated[
+        str | None,
+        _flag(
+            _SCHEDULING, "SECONDS", "10", "Run a turn with a request id on for so long without its reader."
+        ),
+    ] = None,
     step_limit: Annotated[
         str | None, _flag(_SCHEDULING, "SECONDS", "120", "A step that hangs this long ends the worker.")
     ] = None,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import structlog
 import torch
 
 from apiary_server import errors
-from apiary_server.engine.delivery import TokenStream
+from apiary_server.engine.delivery import Delivery, TokenStream
 from apiary_server.engine.door import Door
 from apiary_server.engine.loop import Loop
 from apiary_server.engine.places import Place, Places
@@ -20,6 +21,7 @@ from apiary_server.engine.result import Capacity, ModelInfo
 from apiary_server.engine.scheduler import Scheduler
 from apiary_server.engine.turn import Turn
 from apiary_server.sessions.manager import SessionManager
+from apiary_server.sessions.session import Answer, Session
 
 _log = structlog.get_logger(__name__)
 
@@ -59,6 +61,7 @@ class Engine:
         self._step_limit = step_limit
         self._places = Places()
         self._draining = False
+        self._admission = ThreadPoolExecutor(1, "admission")  # of turns that had to wait for their session
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -71,6 +74,7 @@ class Engine:
     def drain(self) -> None:
         """Take no new turns; those in flight go on."""
         self._draining = True
+        self.sessions.dismiss(_draining())
 
     def stop(self, grace: float) -> None:
         """Let turns finish for `grace` seconds, roll the others back, and end the loop."""
@@ -81,6 +85,7 @@ class Engine:
         self._stopping.set()
         self._loop.post(lambda: None)
         self._thread.join(timeout=self._step_limit)
+        self._admission.shutdown(wait=False, cancel_futures=True)
 
     def reserve(self, tenant: str) -> Place:
         """Take a place in the queue for a turn of a tenant. Waits for nothing, whatever the engine does.
@@ -90,28 +95,31 @@ class Engine:
             QueueFull: too many turns wait.
         """
         if self._draining:
-            raise errors.Draining("the worker is shutting down; try another", retry_after=1.0)
+            raise _draining()
         return self._places.take(tenant, self._scheduler.check_queue)
 
-    def open(self, request: TurnRequest, stream: TokenStream, place: Place | None = None) -> None:
-        """Check a request and queue its turn; the answer comes by `stream`. Blocks while it tokenises.
+    def open(self, request: TurnRequest, stream: TokenStream, place: Place | None = None) -> Future[None]:
+        """Check a request and queue its turn; the answer comes by `stream`. Blocks while it tokenises, not
+        while another turn of the session is in flight.
 
         Args:
             request: what is asked.
             stream: where the answer goes.
             place: reserved for it, and released here; None takes one now.
 
+        Returns:
+            Done when the turn is queued, which is now unless another one of its session is in flight. What
+            would be raised after that is raised there, and Cancelled if the reader leaves meanwhile.
+
         Raises:
             Draining, QueueFull: see `reserve`.
-            InvalidField, SessionNotFound, SessionBusy, ContextFull, DeadlineExceeded: see `Door.admit`.
+            InvalidField, SessionNotFound, SessionBusy, ContextFull, DeadlineExceeded: see `Door`.
         """
         place = place or self.reserve(request.tenant)
-        try:
-            turn = self._door.admit(request, stream)
-        except BaseException:
-            place.release()
-            raise
-        self._loop.post(lambda: self._arrive(turn, place))
+        queued: Future[None] = Future()
+        with _given_back(place):
+            self._open(request, stream, place, queued)
+        return queued
 
     def tokenize(self, input: Text | Messages) -> list[int]:
         """Token ids of text, or of messages as a first turn."""
@@ -164,6 +172,65 @@ class Engine:
     def _busy(self) -> bool:
         return bool(self._places or self._scheduler.waiting or self._scheduler.running)
 
+    def _open(self, request: TurnRequest, stream: TokenStream, place: Place, queued: Future[None]) -> None:
+        earlier = self._door.earlier(request)
+        if isinstance(earlier, Turn):
+            self._loop.post(lambda: self._attach(earlier, request, stream, place, queued))
+        elif earlier is not None:
+            self._replay(earlier, request, stream, place, queued)
+        else:
+            held = self._door.knock(request, stream)
+            if held.done():
+                self._queue(request, stream, place, held, queued)
+            else:
+                held.add_done_callback(
+                    lambda _: self._later(
+                        place, queued, lambda: self._queue(request, stream, place, held, queued)
+                    )
+                )
+                stream.on_close(held.cancel)
+
+    def _queue(
+        self,
+        request: TurnRequest,
+        stream: TokenStream,
+        place: Place,
+        held: Future[Session],
+        queued: Future[None],
+    ) -> None:
+        """Queue a turn that has its session, unless the same request was before it in line."""
+        if held.cancelled():
+            raise errors.Cancelled("cancelled by the caller")
+        session, earlier = held.result(), self._door.earlier(request)
+        if isinstance(earlier, Answer):
+            self.sessions.end_turn(session)
+            self._replay(earlier, request, stream, place, queued)
+            return
+        turn = self._door.admit(request, stream, session)
+        self._loop.post(lambda: self._arrive(turn, place))
+        queued.set_result(None)
+
+    def _replay(
+        self, answer: Answer, request: TurnRequest, stream: TokenStream, place: Place, queued: Future[None]
+    ) -> None:
+        delivery = Delivery()
+        delivery.send(stream, self._door.replay(request, answer))
+        delivery.flush()
+        place.release()
+        queued.set_result(None)
+
+    def _later(self, place: Place, queued: Future[None], work: Callable[[], None]) -> None:
+        """Go on, in a thread of its own, with the opening of a turn that had to wait."""
+
+        def go_on() -> None:
+            try:
+                with _given_back(place):
+                    work()
+            except BaseException as error:
+                queued.set_exception(error)
+
+        self._admission.submit(go_on)
+
     # the engine thread
 
     def _run(self) -> None:
@@ -177,6 +244,15 @@ class Engine:
             except Exception:
                 _log.exception("the engine loop broke")
                 self._lose_health()
+
+    def _attach(
+        self, turn: Turn, request: TurnRequest, stream: TokenStream, place: Place, queued: Future[None]
+    ) -> None:
+        if self._loop.attach(turn, request, stream, lambda tokens: self._door.again(request, tokens)):
+            place.release()
+            queued.set_result(None)
+        else:  # it has ended meanwhile
+            self._later(place, queued, lambda: self._open(request, stream, place, queued))
 
     def _arrive(self, turn: Turn, place: Place) -> None:
         self._loop.add(turn)
@@ -196,3 +272,17 @@ class Engine:
         self.healthy = False
         if self.on_unhealthy is not None:
             self.on_unhealthy()
+
+
+def _draining() -> errors.Draining:
+    return errors.Draining("the worker is shutting down; try another", retry_after=1.0)
+
+
+@contextlib.contextmanager
+def _given_back(place: Place) -> Iterator[None]:
+    """Release a place if what is done for it fails."""
+    try:
+        yield
+    except BaseException:
+        place.release()
+        raise

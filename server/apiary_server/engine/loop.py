@@ -12,8 +12,8 @@ from typing import TypeVar
 import structlog
 
 from apiary_server import errors
-from apiary_server.engine.delivery import Delivery
-from apiary_server.engine.request import Messages
+from apiary_server.engine.delivery import Delivery, TokenStream
+from apiary_server.engine.request import TurnRequest
 from apiary_server.engine.result import Delta, Observer, StepStats
 from apiary_server.engine.scheduler import Scheduler
 from apiary_server.engine.step import ScheduledChunk, StepPlan
@@ -22,7 +22,7 @@ from apiary_server.model.runner import Piece, Runner
 from apiary_server.model.sampler import Sampled, sample
 from apiary_server.sessions.manager import SessionManager, resource_name
 from apiary_server.sessions.residency import Residency
-from apiary_server.sessions.session import Session, TurnRecord
+from apiary_server.sessions.session import Session
 
 _Stats = TypeVar("_Stats")
 _log = structlog.get_logger(__name__)
@@ -39,6 +39,7 @@ class Loop:
         sessions: the table of sessions.
         residency: their memory.
         observer: receives plain numbers.
+        reattach_grace: seconds that a turn with a request id goes on without a reader.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Loop:
         sessions: SessionManager,
         residency: Residency,
         observer: Observer,
+        reattach_grace: float,
     ) -> None:
         self.residency = residency
         self.step_began: float | None = None
@@ -55,6 +57,7 @@ class Loop:
         self._scheduler = scheduler
         self._sessions = sessions
         self._observer = observer
+        self._reattach_grace = reattach_grace
         self._delivery = Delivery()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._idle = True  # the step before had nothing to run
@@ -71,9 +74,29 @@ class Loop:
 
     def end_all(self, error: errors.ApiaryError) -> None:
         """Roll back every turn."""
-        for turn in self._turns():
+        for turn in self._scheduler.turns():
             self._fail(turn, error)
         self._delivery.flush()
+
+    def attach(
+        self, turn: Turn, request: TurnRequest, stream: TokenStream, again: Callable[[list[int]], Delta]
+    ) -> bool:
+        """Have a turn in flight go on for the same request that came again; False if it has ended.
+
+        Args:
+            turn: it.
+            request: as it came now.
+            stream: where the answer goes on.
+            again: makes a delta, for that request, of the answer so far.
+        """
+        if turn.cut is not None or turn not in self._scheduler.turns():
+            return False
+        turn.stream.close()
+        self._delivery.send(turn.stream, errors.Cancelled("the same request came again, by another call"))
+        turn.attach(request, stream)
+        if turn.delivered > request.next_index:
+            self._delivery.send(stream, again(turn.tokens[turn.prompt_end :][: turn.delivered]))
+        return True
 
     def free(self, session: Session) -> None:
         """Give back the memory of a session that was taken out of the table, and end its turn."""
@@ -94,39 +117,35 @@ class Loop:
             self.step_began = None
         else:
             self._refuse_for_memory(plan)
-        if not self._turns():
+        if not self._scheduler.turns():
             self.residency.check_integrity()
         self._delivery.flush()
 
     def _take_commands(self) -> None:
-        wait = _PAUSED_WAIT if self._turns() else _IDLE_WAIT
+        wait = _PAUSED_WAIT if self._scheduler.turns() else _IDLE_WAIT
         with contextlib.suppress(queue.Empty):
             self._commands.get(block=self._idle, timeout=wait)()
             while True:
                 self._commands.get_nowait()()
 
-    def _turns(self) -> list[Turn]:
-        return [*self._scheduler.running, *self._scheduler.waiting]
-
     def _end_lost_turns(self) -> None:
-        """Roll back the turns that nobody waits for any more."""
+        """End the turns that nobody waits for any more."""
         now = time.monotonic()
-        for turn in self._turns():
+        for turn in self._scheduler.turns():
             deadline = turn.request.deadline
             if turn.session.deleted:
                 self._fail(turn, errors.Cancelled(f"{resource_name(turn.session.id)} was deleted"))
+            elif turn.cut is not None:
+                pass  # what its reader took is being kept
+            elif turn.stream.closed and self._awaits_reader(turn, now):
+                pass
             elif turn.stream.closed:
-                self._fail(turn, errors.Cancelled("cancelled by the caller"))
+                self._cut_short(turn, errors.Cancelled, "cancelled by the caller")
             elif deadline is not None and now >= deadline:
                 where = "in queue" if turn.started is None else "in flight"
-                self._fail(
-                    turn, errors.DeadlineExceeded(f"the deadline passed {where}; the turn was rolled back")
-                )
+                self._cut_short(turn, errors.DeadlineExceeded, f"the deadline passed {where}")
             elif turn.stream.stalled(now):
-                self._fail(
-                    turn,
-                    errors.ReaderStalled("the reader took nothing for too long; the turn was rolled back"),
-                )
+                self._cut_short(turn, errors.ReaderStalled, "the reader took nothing for too long")
             elif turn.started is None:
                 try:
                     self._scheduler.check_waiting(turn)
@@ -212,15 +231,31 @@ class Loop:
         else:
             self._commit(turn, delta)
 
+    def _awaits_reader(self, turn: Turn, now: float) -> bool:
+        """Whether a turn goes on without its reader: the same request may come again, for a while and unless
+        another turn of the session waits."""
+        if turn.request.request_id is None or turn.session.line:
+            return False
+        turn.detached = turn.detached or now
+        return now - turn.detached < self._reattach_grace
+
+    def _cut_short(self, turn: Turn, kind: type[errors.ApiaryError], why: str) -> None:
+        """End a turn before its time: as if it had never been, or with the answer that its reader took."""
+        taken = turn.read_before + turn.stream.seal() if turn.request.keep else 0
+        if not taken:
+            self._fail(turn, kind(f"{why}; the turn was rolled back"))
+            return
+        turn.keep(taken, kind(f"{why}; what was delivered is kept"))
+        if not turn.remaining:
+            self._commit(turn, Delta(index=taken))
+
     def _commit(self, turn: Turn, last: Delta) -> None:
         turn.transaction.commit()
-        chat = isinstance(turn.request.input, Messages)
-        record = TurnRecord(turn.prompt_end - turn.carried, turn.delivered, chat)
-        self._sessions.end_turn(turn.session, turn.tokens[turn.carried :], record)
+        self._sessions.end_turn(turn.session, turn.tokens[turn.carried :], turn.record())
         self._scheduler.remove(turn)
         now = time.monotonic()
         last.finish_reason, last.usage = turn.finish_reason, turn.usage(now)
-        self._delivery.send(turn.stream, last)
+        self._delivery.send(turn.stream, turn.cut or last)
         outcome = turn.finish_reason.value if turn.finish_reason is not None else ""
         self._notify(self._observer.turn, turn.stats(now, outcome))
 

@@ -13,6 +13,7 @@ class FinishReason(enum.Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ class TurnStats:
 
     tenant: str
     session: str | None
-    outcome: str  # "stop", "length", or the error's class name
+    outcome: str  # a finish reason, or the error's class name
     arrived: float
     started: float | None
     first_token: float | None

@@ -6,11 +6,12 @@ import time
 from dataclasses import dataclass, field
 
 from apiary_server.engine.delivery import TokenStream
-from apiary_server.engine.request import TurnRequest
+from apiary_server.engine.request import Messages, TurnRequest
 from apiary_server.engine.result import Delta, FinishReason, TokenLogprob, TurnStats, Usage
+from apiary_server.errors import ApiaryError
 from apiary_server.model.detokenizer import Detokenizer
 from apiary_server.model.sampler import Choice, Sampled
-from apiary_server.sessions.session import Session
+from apiary_server.sessions.session import Session, TurnRecord
 from apiary_server.sessions.transaction import Transaction
 
 
@@ -42,8 +43,12 @@ class Turn:
     delivered: int = 0  # generated tokens sent to the reader
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of generated tokens that are held back
     evicted: int = 0
-    replaying: bool = False  # feeding back what was delivered, after a stop string
+    replaying: bool = False  # feeding back what was delivered, and no more
     finish_reason: FinishReason | None = None
+    tail: str = ""  # text that was delivered of a token that was not
+    read_before: int = 0  # generated tokens that earlier calls of the same request took
+    detached: float | None = None  # since when nobody reads, and the same request may come again
+    cut: ApiaryError | None = None  # what cut it short, where the answer is kept
     started: float | None = None
     first_token: float | None = None
 
@@ -140,14 +145,27 @@ class Turn:
         delta = Delta(released.text, released.token_ids, self.delivered, self.logprobs[:count])
         del self.logprobs[:count]
         self.delivered += count
+        if self.detokenizer.stopped:
+            self.tail = self.detokenizer.tail
         if self.finish_reason is not None and not self.forgets:
             del self.tokens[self.prompt_end + self.delivered :]
         return delta
 
     @property
     def forgets(self) -> bool:
-        """Whether the cache holds tokens of a stop string, which the session must not keep."""
-        return self.finish_reason is FinishReason.STOP and self.computed > self.prompt_end + self.delivered
+        """Whether the cache holds tokens that were not delivered, which the session must not keep."""
+        return self.finish_reason is not None and self.computed > self.prompt_end + self.delivered
+
+    def keep(self, taken: int, error: ApiaryError) -> None:
+        """The turn is cut short: of its answer stays what its reader took, which is computed to its last
+        token, so that the outcome does not depend on how far the turn was ahead."""
+        self.cut, self.finish_reason = error, FinishReason.CANCELLED
+        self.delivered = taken
+        if self.forgets:
+            self.start_replay()
+        else:
+            del self.tokens[self.prompt_end + taken :]
+            self.replaying = True
 
     def start_replay(self) -> None:
         """Compute the turn again from its beginning, with only what was delivered."""
@@ -155,6 +173,28 @@ class Turn:
         del self.tokens[self.prompt_end + self.delivered :]
         self.computed = self.segment_end = self.evicted = 0
         self.replaying = True
+
+    def attach(self, request: TurnRequest, stream: TokenStream) -> None:
+        """Go on for the same request that came again."""
+        self.request, self.stream, self.detached = request, stream, None
+        self.read_before = min(request.next_index, self.delivered)
+        self.session.abandoned = lambda: stream.closed
+
+    def record(self) -> TurnRecord:
+        """What the session keeps of it."""
+        request = self.request
+        return TurnRecord(
+            prompt_tokens=self.prompt_end - self.carried,
+            completion_tokens=self.delivered,
+            chat=isinstance(request.input, Messages),
+            finish=self.finish_reason.value if self.finish_reason is not None else "",
+            seed=self.seed,
+            cached_tokens=self.cached_tokens,
+            evicted_entries=self.evicted,
+            tail=self.tail if self.cut is None else "",
+            request_id=request.request_id,
+            digest=request.digest if request.request_id is not None else "",
+        )
 
     def usage(self, now: float) -> Usage:
         """What the turn cost."""

@@ -7,14 +7,13 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 
-from apiary_server.errors import BudgetExhausted, SessionBusy, SessionExists, SessionNotFound
+from apiary_server.errors import ApiaryError, BudgetExhausted, SessionBusy, SessionExists, SessionNotFound
 from apiary_server.sessions.info import SessionInfo
 from apiary_server.sessions.pool import SlotLayout
-from apiary_server.sessions.session import Session, TurnRecord
+from apiary_server.sessions.session import Answer, Session, TurnRecord, Waiter
 from buzz import Policy
-
-_ROLLBACK_WAIT = 10.0  # seconds; a rollback takes one step
 
 
 def resource_name(id: str) -> str:
@@ -38,7 +37,7 @@ class SessionManager:
         self._layout = layout
         self._default_ttl = default_ttl
         self._limit = limit
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
         self._sessions: dict[tuple[str, str], Session] = {}
         self._next_expiry = float("inf")  # nothing expires before
 
@@ -122,31 +121,58 @@ class SessionManager:
         chosen, layout = self._layout(policy)
         return Session(id="", tenant=tenant, policy=chosen, layout=layout, busy=True)
 
-    def begin_turn(self, tenant: str, id: str, abandoned: Callable[[], bool] = lambda: False) -> Session:
-        """Mark the session's turn as in flight.
+    def begin_turn(
+        self, tenant: str, id: str, abandoned: Callable[[], bool] = lambda: False, *, wait: bool = False
+    ) -> Future[Session]:
+        """Have the session's next turn: at once where none is in flight.
 
-        Where another turn in flight is `abandoned` (cancelled, not yet rolled back), waits for its end.
+        Args:
+            tenant: who asks.
+            id: which session.
+            abandoned: tells whether the reader of this turn has gone, and it will be rolled back.
+            wait: stand in line behind the turn in flight. One that is abandoned is waited for in any case.
+
+        Returns:
+            Done when the turn is the caller's, who has to call `end_turn` then. Cancel it to leave the line.
+            A session that is deleted or expires meanwhile is SessionNotFound there.
 
         Raises:
             SessionNotFound: unknown, expired or another tenant's.
             SessionBusy: another turn is in flight.
         """
+        held: Future[Session] = Future()
         with self._lock:
             session = self._find(tenant, id)
-            self._lock.wait_for(lambda: not (session.busy and session.abandoned()), _ROLLBACK_WAIT)
-            session = self._find(tenant, id)
             if session.busy:
-                raise SessionBusy(f"{resource_name(id)} has a turn in flight; wait for it or cancel it")
+                ahead = [session.abandoned, *(waiter.abandoned for waiter in session.line)]
+                if not wait and not all(abandoned() for abandoned in ahead):
+                    raise SessionBusy(f"{resource_name(id)} has a turn in flight; wait for it or cancel it")
+                session.line.append(Waiter(held, abandoned))
+                return held
             session.busy, session.abandoned = True, abandoned
-            return session
+        held.set_result(session)
+        return held
+
+    def answer(self, tenant: str, id: str, request_id: str) -> Answer | None:
+        """The answer of the committed turn that a request id names.
+
+        Raises:
+            SessionNotFound: unknown, expired or another tenant's.
+        """
+        with self._lock:
+            session = self._find(tenant, id)
+            end = len(session.transcript)
+            for record in reversed(session.turns):
+                if record.request_id == request_id:
+                    return Answer(record, session.transcript[end - record.completion_tokens : end].tolist())
+                end -= record.prompt_tokens + record.completion_tokens
+        return None
 
     def end_turn(
         self, session: Session, tokens: Sequence[int] = (), record: TurnRecord | None = None
     ) -> None:
         """The turn is over: `record` and the tokens that it appended if it committed, None if it did not."""
         with self._lock:
-            session.busy = False
-            self._lock.notify_all()
             if record is not None:
                 session.transcript.extend(tokens)
                 session.turns.append(record)
@@ -154,6 +180,20 @@ class SessionManager:
                 if session.ttl is not None:
                     session.expire_time = session.update_time + session.ttl
             self._next_expiry = min(self._next_expiry, session.expire_time)
+            over = session.deleted or session.expired(time.time())
+            heir = None if over else _first(session)
+            session.busy = heir is not None
+        if heir is not None:
+            heir.set_result(session)
+        elif over:
+            _dismiss(session, SessionNotFound(resource_name(session.id)))
+
+    def dismiss(self, error: ApiaryError) -> None:
+        """Send away whoever stands in line for a turn."""
+        with self._lock:
+            sessions = [session for session in self._sessions.values() if session.line]
+        for session in sessions:
+            _dismiss(session, error)
 
     def remove(self, tenant: str, id: str) -> Session:
         """Take a session out of the table; its memory is the caller's to free.
@@ -164,7 +204,9 @@ class SessionManager:
         with self._lock:
             session = self._find(tenant, id)
             session.deleted = True
-            return self._sessions.pop((tenant, id))
+            del self._sessions[tenant, id]
+        _dismiss(session, SessionNotFound(resource_name(id)))
+        return session
 
     def remove_expired(self) -> Sequence[Session]:
         """Take all idle expired sessions out of the table; their memory is the caller's to free."""
@@ -187,3 +229,18 @@ class SessionManager:
         if session is None or (session.expired(time.time()) and not session.busy):
             raise SessionNotFound(resource_name(id))
         return session
+
+
+def _first(session: Session) -> Future[Session] | None:
+    """Whose turn is next."""
+    while session.line:
+        waiter = session.line.popleft()
+        if waiter.held.set_running_or_notify_cancel():
+            session.abandoned = waiter.abandoned
+            return waiter.held
+    return None
+
+
+def _dismiss(session: Session, error: ApiaryError) -> None:
+    while (held := _first(session)) is not None:
+        held.set_exception(error)

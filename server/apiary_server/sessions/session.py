@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,12 +20,37 @@ from buzz import Cache, Policy
 class TurnRecord:
     """One committed turn: how many tokens of the transcript it appended, and how.
 
-    `chat` turns were rendered with the template, so the next messages must first close the reply.
+    `chat` turns were rendered with the template, so the next messages must first close the reply. The rest is
+    what to say when the same request comes again: it is known by `request_id`, if it had one, and its
+    `digest`. `tail` is text of the answer that no token of it has: a stop string may begin within a token.
     """
 
     prompt_tokens: int
     completion_tokens: int
     chat: bool
+    finish: str = ""
+    seed: int = 0
+    cached_tokens: int = 0
+    evicted_entries: int = 0
+    tail: str = ""
+    request_id: str | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A committed turn and the tokens of its answer."""
+
+    record: TurnRecord
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """Whoever stands in line for a session's turn; `abandoned` tells whether the reader has gone."""
+
+    held: Future[Session]
+    abandoned: Callable[[], bool]
 
 
 @dataclass(eq=False, slots=True)
@@ -46,6 +73,7 @@ class Session:
     turns: list[TurnRecord] = field(default_factory=list)
     busy: bool = False
     abandoned: Callable[[], bool] = lambda: False  # whether the turn in flight has lost its reader
+    line: deque[Waiter] = field(default_factory=deque)  # who has the next turns
     deleted: bool = False
 
     cache: Cache | None = None

@@ -515,14 +515,16 @@ def test_a_turn_right_behind_a_cancel_waits_for_the_rollback(make_engine: MakeEn
     create(engine, "a")
     first = begin(engine, request(LONG, "a", max_tokens=1000))
     first.close()
-    second = begin(engine, request("hello", "a", max_tokens=1000))
+    second = Reader()
+    waiting = engine.open(request("hello", "a", max_tokens=1000), second)
     second.close()
     third = begin(engine, request("hello", "a", max_tokens=3))
     until = time.monotonic() + 10
     while not third.ended and time.monotonic() < until:
         time.sleep(0.01)
     assert isinstance(first.error, errors.Cancelled)
-    assert isinstance(second.error, errors.Cancelled)
+    with pytest.raises(errors.Cancelled):
+        waiting.result(10)
     assert len(third.token_ids) == 3
 
 

@@ -142,19 +142,8 @@ def _turns() -> Iterator[BadRequest]:
     yield bad("policy of 10 kB", "policy", policy="buzz(" + "x" * 10_000)
     yield bad("unknown on_cancel", "on_cancel", on_cancel=99)
     yield bad("unknown when_busy", "when_busy", when_busy=-1)
-    for name, value in {
-        "request_id": "once",
-        "on_cancel": g.ON_CANCEL_KEEP,
-        "when_busy": g.WHEN_BUSY_WAIT,
-    }.items():
-        yield BadRequest(
-            f"{name} is for later",
-            STREAM,
-            turn(**{name: value}),
-            name,
-            UNIMPLEMENTED,
-            "FIELD_NOT_IMPLEMENTED",
-        )
+    yield BadRequest("a request id without a session", STREAM, turn(request_id="once"), "request_id")
+    yield BadRequest("a place in no answer", STREAM, turn(session="sessions/a", next_index=1), "next_index")
     gone = turn(session="sessions/unknown")
     yield BadRequest("unknown session", STREAM, gone, None, NOT_FOUND, "SESSION_NOT_FOUND")
     foreign = turn(session="sessions/known")

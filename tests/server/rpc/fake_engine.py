@@ -93,7 +93,7 @@ class FakeEngine:
             raise errors.QueueFull("the queue is full", retry_after=2.5)
         return self.places.take(tenant, lambda _tenant, _taken: None)
 
-    def open(self, request: TurnRequest, stream: TokenStream, place: Place) -> None:
+    def open(self, request: TurnRequest, stream: TokenStream, place: Place) -> Future[None]:
         place.release()
         self.opening.set()
         time.sleep(self.admission)
@@ -105,6 +105,9 @@ class FakeEngine:
         self.requests.append(request)
         self.running += 1
         threading.Thread(target=self._answer, args=(request, stream), daemon=True).start()
+        queued: Future[None] = Future()
+        queued.set_result(None)
+        return queued
 
     def tokenize(self, input: Text | Messages) -> list[int]:
         texts = [input.text] if isinstance(input, Text) else [one.content for one in input.messages]

@@ -22,7 +22,7 @@ from apiary.v1 import model_pb2 as mpb
 from apiary.v1 import session_pb2 as spb
 from apiary_server.engine.request import Messages, Text, TokenIds, TurnRequest
 from apiary_server.engine.result import ModelInfo
-from apiary_server.errors import FieldNotImplemented, InvalidField, ModelNotFound
+from apiary_server.errors import InvalidField, ModelNotFound
 from apiary_server.rpc.caller import Caller
 from apiary_server.rpc.convert.outgoing import model_name
 from apiary_server.sessions.request import SESSION_ID, NewSession
@@ -47,7 +47,6 @@ def turn_request(message: gpb.GenerateRequest, caller: Caller, longest: int) -> 
 
     Raises:
         InvalidField: with the protobuf path of every field that is wrong.
-        FieldNotImplemented: a field that this server cannot honour yet.
     """
     match message.WhichOneof("input"):
         case "messages":
@@ -60,9 +59,13 @@ def turn_request(message: gpb.GenerateRequest, caller: Caller, longest: int) -> 
             raise InvalidField([("input", "is required: one of messages, text, token_ids")])
     if message.session and message.policy:
         raise InvalidField([("policy", "a session has its own: leave this field or the session empty")])
+    if not message.session and (message.request_id or message.next_index):
+        raise InvalidField([("request_id", "needs a session, which keeps the answer: name one")])
+    if message.next_index and not message.request_id:
+        raise InvalidField([("next_index", "needs the request_id of the answer that it is a place in")])
     _check_enum("on_cancel", message.on_cancel, gpb.OnCancel.values())
     _check_enum("when_busy", message.when_busy, gpb.WhenBusy.values())
-    request = _build(
+    return _build(
         TurnRequest,
         "",
         input=given,
@@ -74,18 +77,12 @@ def turn_request(message: gpb.GenerateRequest, caller: Caller, longest: int) -> 
         priority=message.priority,
         policy=message.policy or None,
         deadline=caller.deadline,
+        request_id=message.request_id or None,
+        next_index=message.next_index,
+        keep=message.on_cancel == gpb.ON_CANCEL_KEEP,
+        wait=message.when_busy == gpb.WHEN_BUSY_WAIT,
         trace=Origin("chat" if isinstance(given, Messages) else "text_completion", caller.trace_headers),
     )
-    refused = {
-        "request_id": message.request_id != "",
-        "on_cancel": message.on_cancel == gpb.ON_CANCEL_KEEP,
-        "when_busy": message.when_busy == gpb.WHEN_BUSY_WAIT,
-    }
-    if any(refused.values()):
-        raise FieldNotImplemented(
-            [(name, "is not implemented yet: leave it unset") for name, is_set in refused.items() if is_set]
-        )
-    return request
 
 
 def tokenize_input(message: gpb.TokenizeRequest) -> Text | Messages:

@@ -15,10 +15,7 @@ def test_every_state_and_finish_reason_has_a_value() -> None:
     states = {outgoing._STATES[state] for state in State}
     assert states == set(s.Session.State.values()) - {s.Session.STATE_UNSPECIFIED}
     reasons = {outgoing._FINISH_REASONS[reason] for reason in FinishReason}
-    assert reasons == set(g.FinishReason.values()) - {
-        g.FINISH_REASON_UNSPECIFIED,
-        g.FINISH_REASON_CANCELLED,  # comes with on_cancel: KEEP
-    }
+    assert reasons == set(g.FinishReason.values()) - {g.FINISH_REASON_UNSPECIFIED}
 
 
 def test_a_first_delta_says_little() -> None:
