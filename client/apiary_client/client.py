@@ -136,6 +136,31 @@ class Client:
                 return
             request.page_token = page.next_page_token
 
+    def update_session(
+        self,
+        session: Session | str,
+        *,
+        policy: str | None = None,
+        ttl: float | timedelta | None = None,
+        expire_time: datetime | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Session:
+        """Change what is given; labels are replaced all together.
+
+        After a change of the policy the next turn computes the cache anew, and its usage says so.
+        """
+        name = convert.session_name(session)
+        request = convert.update_session_request(name, policy, ttl, expire_time, labels)
+        return convert.session(self._call(self._sessions.UpdateSession, request, timeout, name))
+
+    def fork_session(
+        self, session: Session | str, session_id: str = "", *, timeout: float | None = None
+    ) -> Session:
+        """Copy what a session has committed into a new one; the worker draws the id if none is given."""
+        request = session_pb.ForkSessionRequest(name=convert.session_name(session), session_id=session_id)
+        return convert.session(self._call(self._sessions.ForkSession, request, timeout, request.name))
+
     def delete_session(self, session: Session | str, *, timeout: float | None = None) -> None:
         """Delete a session and free its memory; a turn in flight is cancelled."""
         request = session_pb.DeleteSessionRequest(name=convert.session_name(session))

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from apiary.v1 import generation_pb2 as generation_pb
@@ -140,6 +141,37 @@ def create_session_request(
     Raises:
         ValueError: both `ttl` and `expire_time` are given, or `expire_time` has no time zone.
     """
+    settings = _session_settings(policy, ttl, expire_time, labels)
+    return session_pb.CreateSessionRequest(session_id=session_id, session=settings)
+
+
+def update_session_request(
+    name: str,
+    policy: str | None,
+    ttl: float | timedelta | None,
+    expire_time: datetime | None,
+    labels: Mapping[str, str] | None,
+) -> session_pb.UpdateSessionRequest:
+    """Build the request that changes what is not None.
+
+    Raises:
+        ValueError: as in `create_session_request`, or everything is None.
+    """
+    given = {"policy": policy, "ttl": ttl, "expire_time": expire_time, "labels": labels}
+    paths = [path for path, value in given.items() if value is not None]
+    if not paths:
+        raise ValueError(f"nothing to change: give one of {', '.join(given)}")
+    settings = _session_settings(policy, ttl, expire_time, labels)
+    settings.name = name
+    return session_pb.UpdateSessionRequest(session=settings, update_mask=FieldMask(paths=paths))
+
+
+def _session_settings(
+    policy: str | None,
+    ttl: float | timedelta | None,
+    expire_time: datetime | None,
+    labels: Mapping[str, str] | None,
+) -> session_pb.Session:
     if ttl is not None and expire_time is not None:
         raise ValueError("give ttl or expire_time, not both")
     if expire_time is not None and expire_time.tzinfo is None:
@@ -149,7 +181,7 @@ def create_session_request(
         settings.ttl.FromTimedelta(ttl if isinstance(ttl, timedelta) else timedelta(seconds=ttl))
     if expire_time is not None:
         settings.expire_time.FromDatetime(expire_time)
-    return session_pb.CreateSessionRequest(session_id=session_id, session=settings)
+    return settings
 
 
 def _exactly_one(**inputs: object) -> None:

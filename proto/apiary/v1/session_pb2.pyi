@@ -91,7 +91,7 @@ class Session(_message.Message):
     name: _builtins.str
     """`sessions/{id}`. Output only."""
     policy: _builtins.str
-    """Cache policy, e.g. `buzz(window=300,stride=3)`; default the server's. Fixed at creation."""
+    """Cache policy, e.g. `buzz(window=300,stride=3)`; default the server's."""
     state: Global___Session.State.ValueType
     """Where the cache lies. Output only."""
     turn_count: _builtins.int
@@ -280,9 +280,15 @@ class UpdateSessionRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def session(self) -> Global___Session: ...
+    def session(self) -> Global___Session:
+        """Its name, and the new settings."""
+
     @_builtins.property
-    def update_mask(self) -> _field_mask_pb2.FieldMask: ...
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Of `policy`, `expire_time`, `ttl` and `labels` those to change; without it, those that are set. Labels
+        are replaced all together.
+        """
+
     def __init__(
         self,
         *,

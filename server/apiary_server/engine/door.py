@@ -159,6 +159,8 @@ class Door:
             stop_tokens=frozenset((*eos, *stopping.stop_token_ids)),
             seed=secrets.randbits(64) if seed is None else seed,
             cached_tokens=cached,
+            history=session.segments if cache is None else (),
+            rebuild=session.rebuild,
         )
 
     def _check(self, request: TurnRequest) -> None:

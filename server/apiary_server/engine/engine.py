@@ -20,7 +20,9 @@ from apiary_server.engine.request import Messages, Text, TurnRequest
 from apiary_server.engine.result import Capacity, ModelInfo
 from apiary_server.engine.scheduler import Scheduler
 from apiary_server.engine.turn import Turn
+from apiary_server.sessions.info import SessionInfo
 from apiary_server.sessions.manager import SessionManager
+from apiary_server.sessions.request import SessionChange
 from apiary_server.sessions.session import Answer, Session
 
 _log = structlog.get_logger(__name__)
@@ -128,6 +130,60 @@ class Engine:
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of token ids. Raises InvalidField if one is not in the vocabulary."""
         return self._door.tokenizer.decode(ids)
+
+    def fork_session(self, tenant: str, id: str, new: str | None) -> Future[SessionInfo]:
+        """Copy what a session has committed into a new one, which goes its own way from there.
+
+        Args:
+            tenant: whose sessions they are.
+            id: of the session.
+            new: the id of the new one; None draws one.
+
+        Returns:
+            The new session, when its cache is there. BudgetExhausted is raised there.
+
+        Raises:
+            SessionNotFound, SessionBusy, SessionExists, BudgetExhausted: see `SessionManager`.
+        """
+        session = self.sessions.begin_turn(tenant, id).result()
+        try:
+            twin = self.sessions.fork(session, new)
+        except BaseException:
+            self.sessions.end_turn(session)
+            raise
+        done: Future[SessionInfo] = Future()
+        self._loop.post(lambda: self._copy(session, twin, done))
+        return done
+
+    def update_session(self, tenant: str, id: str, change: SessionChange) -> Future[SessionInfo]:
+        """Change a session's settings. With another policy the next turn computes its cache anew.
+
+        Returns:
+            The session as it is then.
+
+        Raises:
+            SessionNotFound: unknown, expired or another tenant's.
+            InvalidField, ContextFull: this worker cannot serve the policy; it does not hold the transcript.
+            SessionBusy: another policy cannot be had while a turn is in flight.
+        """
+        done: Future[SessionInfo] = Future()
+        if change.policy is None:
+            done.set_result(self.sessions.update(tenant, id, change))
+            return done
+        session = self.sessions.begin_turn(tenant, id).result()
+        try:
+            policy, layout = self.sessions.fitting(session, change.policy)
+            self.sessions.update(tenant, id, change)
+        except BaseException:
+            self.sessions.end_turn(session)
+            raise
+
+        def set_policy() -> None:
+            self._loop.set_policy(session, policy, layout)
+            done.set_result(session.info())
+
+        self._loop.post(set_policy)
+        return done
 
     def delete_session(self, tenant: str, id: str) -> Future[None]:
         """Take a session away, and its running turn with it; done when its memory is free.
@@ -253,6 +309,14 @@ class Engine:
             queued.set_result(None)
         else:  # it has ended meanwhile
             self._later(place, queued, lambda: self._open(request, stream, place, queued))
+
+    def _copy(self, session: Session, twin: Session, done: Future[SessionInfo]) -> None:
+        try:
+            self._loop.copy(session, twin)
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(twin.info())
 
     def _arrive(self, turn: Turn, place: Place) -> None:
         self._loop.add(turn)

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from apiary_server.model.types import TokenLogprob as TokenLogprob
+from apiary_server.sessions.info import RebuildReason
 
 
 class FinishReason(enum.Enum):
@@ -28,6 +29,7 @@ class Usage:
     prefill_time: float
     decode_time: float
     seed: int
+    rebuild_reason: RebuildReason | None = None
 
 
 @dataclass(slots=True)

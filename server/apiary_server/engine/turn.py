@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from apiary_server.engine.delivery import TokenStream
@@ -11,6 +12,7 @@ from apiary_server.engine.result import Delta, FinishReason, TokenLogprob, TurnS
 from apiary_server.errors import ApiaryError
 from apiary_server.model.detokenizer import Detokenizer
 from apiary_server.model.sampler import Choice, Sampled
+from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.session import Session, TurnRecord
 from apiary_server.sessions.transaction import Transaction
 
@@ -36,6 +38,8 @@ class Turn:
     stop_tokens: frozenset[int]
     seed: int
     cached_tokens: int
+    history: Sequence[tuple[int, bool]] = ()  # of a cache to rebuild, where its segments end; see `Session`
+    rebuild: RebuildReason | None = None
     arrived: float = field(default_factory=time.monotonic)
 
     computed: int = 0
@@ -104,9 +108,9 @@ class Turn:
         """Make room for the next tokens; False if the turn has to wait for memory."""
         if self.computed < self.segment_end:
             return True
-        in_prompt = self.computed < self.prompt_end
-        end = self.prompt_end if in_prompt else len(self.tokens)
-        self.segment_end += self.transaction.begin_segment(end - self.computed, prompt=in_prompt)
+        stretches = (*self.history, (self.prompt_end, True), (len(self.tokens), False))
+        end, prompt = next((end, prompt) for end, prompt in stretches if self.computed < end)
+        self.segment_end += self.transaction.begin_segment(end - self.computed, prompt=prompt)
         return self.computed < self.segment_end
 
     def choice(self) -> Choice:
@@ -187,6 +191,7 @@ class Turn:
             prompt_tokens=self.prompt_end - self.carried,
             completion_tokens=self.delivered,
             chat=isinstance(request.input, Messages),
+            seen=self.cached_tokens + self.computed,
             finish=self.finish_reason.value if self.finish_reason is not None else "",
             seed=self.seed,
             cached_tokens=self.cached_tokens,
@@ -209,6 +214,7 @@ class Turn:
             prefill_time=first - started,
             decode_time=now - first,
             seed=self.seed,
+            rebuild_reason=self.rebuild,
         )
 
     def stats(self, now: float, outcome: str) -> TurnStats:

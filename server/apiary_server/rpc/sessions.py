@@ -29,7 +29,7 @@ class SessionService(SessionServiceServicer):
         new = incoming.new_session(request)
         with incoming.below("session"):
             info = self._engine.sessions.create(
-                tenant, new.id, new.policy, new.expire_time, new.ttl, new.labels
+                tenant, new.id, new.policy, new.expire_time, new.ttl, new.labels or {}
             )
         return outgoing.session(info)
 
@@ -52,10 +52,19 @@ class SessionService(SessionServiceServicer):
         return Empty()
 
     async def UpdateSession(self, request: pb.UpdateSessionRequest, context: Context) -> pb.Session:
-        raise _not_yet("UpdateSession")
+        tenant = caller(context).tenant
+        id, change = incoming.change(request)
+        with incoming.below("session"):
+            updated = self._engine.update_session(tenant, id, change)
+        # shielded: a caller that leaves does not stop a change half-way
+        return outgoing.session(await asyncio.shield(asyncio.wrap_future(updated)))
 
     async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> pb.Session:
-        raise _not_yet("ForkSession")
+        tenant = caller(context).tenant
+        id, new = incoming.fork(request)
+        forked = self._engine.fork_session(tenant, id, new)
+        # shielded: a caller that leaves does not stop a copy half-way
+        return outgoing.session(await asyncio.shield(asyncio.wrap_future(forked)))
 
     async def RewindSession(self, request: pb.RewindSessionRequest, context: Context) -> pb.Session:
         raise _not_yet("RewindSession")

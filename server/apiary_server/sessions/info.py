@@ -16,6 +16,14 @@ class State(enum.Enum):
     BUSY = "busy"
 
 
+class RebuildReason(enum.Enum):
+    """Why a session's cache has to be computed again from its transcript."""
+
+    SNAPSHOT_CORRUPT = "snapshot corrupt"
+    MODEL_CHANGED = "model changed"
+    POLICY_CHANGED = "policy changed"
+
+
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
     """One session as it is now. Times are wall-clock, in seconds since 1970; `bytes` are leased bytes."""

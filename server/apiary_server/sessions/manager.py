@@ -9,9 +9,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
-from apiary_server.errors import ApiaryError, BudgetExhausted, SessionBusy, SessionExists, SessionNotFound
+from apiary_server.errors import (
+    ApiaryError,
+    BudgetExhausted,
+    ContextFull,
+    SessionBusy,
+    SessionExists,
+    SessionNotFound,
+)
 from apiary_server.sessions.info import SessionInfo
 from apiary_server.sessions.pool import SlotLayout
+from apiary_server.sessions.request import SessionChange
 from apiary_server.sessions.session import Answer, Session, TurnRecord, Waiter
 from buzz import Policy
 
@@ -66,29 +74,50 @@ class SessionManager:
             ttl = self._default_ttl
         if ttl is not None:
             expire_time = now + ttl
+        session = Session(
+            id=id or secrets.token_hex(8),
+            tenant=tenant,
+            policy=chosen,
+            layout=layout,
+            ttl=ttl,
+            expire_time=expire_time or 0.0,
+            labels=dict(labels),
+            create_time=now,
+            update_time=now,
+        )
         with self._lock:
-            id = id or secrets.token_hex(8)
-            known = self._sessions.get((tenant, id))
-            if known is not None and not (known.expired(now) and not known.busy):
-                raise SessionExists(resource_name(id))
-            if known is not None:
-                raise SessionBusy(f"{resource_name(id)} has expired and is being removed; try again")
-            if len(self._sessions) >= self._limit:
-                raise BudgetExhausted(f"all {self._limit} places for sessions are taken", retry_after=5.0)
-            session = Session(
-                id=id,
-                tenant=tenant,
-                policy=chosen,
-                layout=layout,
-                ttl=ttl,
-                expire_time=expire_time or 0.0,
-                labels=dict(labels),
-                create_time=now,
-                update_time=now,
-            )
-            self._sessions[tenant, id] = session
-            self._next_expiry = min(self._next_expiry, session.expire_time)
+            self._add(session)
             return session.info()
+
+    def fork(self, session: Session, id: str | None) -> Session:
+        """Add a session with the transcript and the settings of another, whose turn the caller has.
+
+        The new one's turn is the caller's, too, who has to see to its cache. A lifetime that counts from the
+        last turn begins anew.
+
+        Raises:
+            SessionExists: the tenant has a session of that id.
+            BudgetExhausted: the table is full.
+        """
+        now = time.time()
+        twin = Session(
+            id=id or secrets.token_hex(8),
+            tenant=session.tenant,
+            policy=session.policy,
+            layout=session.layout,
+            ttl=session.ttl,
+            expire_time=session.expire_time if session.ttl is None else now + session.ttl,
+            labels=dict(session.labels),
+            create_time=now,
+            update_time=now,
+            transcript=session.transcript[:],
+            turns=list(session.turns),
+            rebuild=session.rebuild,
+            busy=True,
+        )
+        with self._lock:
+            self._add(twin)
+        return twin
 
     def get(self, tenant: str, id: str) -> SessionInfo:
         """One session as it is now.
@@ -176,6 +205,7 @@ class SessionManager:
             if record is not None:
                 session.transcript.extend(tokens)
                 session.turns.append(record)
+                session.rebuild = None
                 session.update_time = time.time()
                 if session.ttl is not None:
                     session.expire_time = session.update_time + session.ttl
@@ -194,6 +224,43 @@ class SessionManager:
             sessions = [session for session in self._sessions.values() if session.line]
         for session in sessions:
             _dismiss(session, error)
+
+    def update(self, tenant: str, id: str, change: SessionChange) -> SessionInfo:
+        """Change a session's labels and when it ends.
+
+        Raises:
+            SessionNotFound: unknown, expired or another tenant's.
+        """
+        now = time.time()
+        with self._lock:
+            session = self._find(tenant, id)
+            if change.labels is not None:
+                session.labels = dict(change.labels)
+            if change.expire_time is not None:
+                session.ttl, session.expire_time = None, change.expire_time
+            elif change.ttl is not None:
+                session.ttl, session.expire_time = change.ttl, now + change.ttl
+            self._next_expiry = min(self._next_expiry, session.expire_time)
+            return session.info()
+
+    def fitting(self, session: Session, policy: str) -> tuple[Policy, SlotLayout]:
+        """A policy that a session may change to, and its slots.
+
+        Raises:
+            InvalidField: it is malformed, or larger than this worker can hold.
+            ContextFull: it evicts nothing and does not hold the transcript.
+        """
+        chosen, layout = self._layout(policy)
+        tokens = len(session.transcript)
+        if not chosen.evicts and tokens > chosen.bound:
+            raise ContextFull(
+                f"the session has {tokens} tokens and {chosen} holds at most {chosen.bound}: "
+                "choose a larger bound, or a policy that evicts, like buzz",
+                cached=0,
+                prompt=tokens,
+                bound=chosen.bound,
+            )
+        return chosen, layout
 
     def remove(self, tenant: str, id: str) -> Session:
         """Take a session out of the table; its memory is the caller's to free.
@@ -223,6 +290,17 @@ class SessionManager:
             idle = (session for session in self._sessions.values() if not session.busy)
             self._next_expiry = min((session.expire_time for session in idle), default=float("inf"))
             return removed
+
+    def _add(self, session: Session) -> None:
+        known = self._sessions.get((session.tenant, session.id))
+        if known is not None and (known.busy or not known.expired(time.time())):
+            raise SessionExists(resource_name(session.id))
+        if known is not None:
+            raise SessionBusy(f"{resource_name(session.id)} has expired and is being removed; try again")
+        if len(self._sessions) >= self._limit:
+            raise BudgetExhausted(f"all {self._limit} places for sessions are taken", retry_after=5.0)
+        self._sessions[session.tenant, session.id] = session
+        self._next_expiry = min(self._next_expiry, session.expire_time)
 
     def _find(self, tenant: str, id: str) -> Session:
         session = self._sessions.get((tenant, id))

@@ -57,6 +57,25 @@ class Residency:
         """A second slot for a running turn, or None if it has to wait."""
         return self._lease(layout, leaving=set())
 
+    def copy(self, session: Session, into: Session) -> bool:
+        """Give a session a copy of another's cache, which is idle and stays where it is; False if there is no
+        room now."""
+        if session.cache is None:
+            return True
+        idle = self._idle.pop(id(session), None)  # so that it is not what moves out
+        lease = self._lease(session.layout, leaving={*self._running, session.layout})
+        if idle is not None:
+            self._idle[id(session)] = session
+        if lease is None:
+            return False
+        if session.lease is not None:
+            lease.memory.copy_(session.lease.memory)
+        elif session.parked is not None:
+            self._parking.unpark(session.parked, lease.memory)
+        into.lease, into.cache = lease, session.cache.twin(lease.buffers(session.policy.states))
+        self._idle[id(into)] = into
+        return True
+
     def settle(self, session: Session) -> None:
         """The session's turn is over: unpin what it holds. Sessions with nothing committed hold nothing."""
         self._running[session.layout] -= 1

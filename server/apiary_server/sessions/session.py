@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from apiary_server.sessions.info import SessionInfo, State
+from apiary_server.sessions.info import RebuildReason, SessionInfo, State
 from apiary_server.sessions.pool import Lease, SlotLayout
 from buzz import Cache, Policy
 
@@ -20,14 +20,16 @@ from buzz import Cache, Policy
 class TurnRecord:
     """One committed turn: how many tokens of the transcript it appended, and how.
 
-    `chat` turns were rendered with the template, so the next messages must first close the reply. The rest is
-    what to say when the same request comes again: it is known by `request_id`, if it had one, and its
+    `chat` turns were rendered with the template, so the next messages must first close the reply. `seen` is
+    how many of the session's tokens the cache had then; the others came with the next turn's prompt. The rest
+    is what to say when the same request comes again: it is known by `request_id`, if it had one, and its
     `digest`. `tail` is text of the answer that no token of it has: a stop string may begin within a token.
     """
 
     prompt_tokens: int
     completion_tokens: int
     chat: bool
+    seen: int
     finish: str = ""
     seed: int = 0
     cached_tokens: int = 0
@@ -75,6 +77,7 @@ class Session:
     abandoned: Callable[[], bool] = lambda: False  # whether the turn in flight has lost its reader
     line: deque[Waiter] = field(default_factory=deque)  # who has the next turns
     deleted: bool = False
+    rebuild: RebuildReason | None = None  # why there is no cache, but a transcript
 
     cache: Cache | None = None
     lease: Lease | None = None
@@ -86,6 +89,16 @@ class Session:
         cache = self.cache  # once: the engine thread may take it away meanwhile
         seen = cache.seen if cache is not None else 0
         return self.transcript[seen:].tolist()
+
+    @property
+    def segments(self) -> list[tuple[int, bool]]:
+        """How the transcript came to the cache: where each prompt and each answer ended, and whether it was a
+        prompt."""
+        ends, start = [], 0
+        for turn in self.turns:
+            ends += [(start + turn.prompt_tokens, True), (turn.seen, False)]
+            start += turn.prompt_tokens + turn.completion_tokens
+        return ends
 
     def expired(self, now: float) -> bool:
         """Whether its time is over; a turn in flight may still finish."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from apiary_server import errors
 from apiary_server.engine.delivery import Delivery, TokenStream
@@ -14,6 +15,7 @@ from apiary_server.engine.places import Place, Places
 from apiary_server.engine.request import Messages, Text, TokenIds, TurnRequest
 from apiary_server.engine.result import Capacity, Delta, FinishReason, ModelInfo, TokenLogprob, Usage
 from apiary_server.sessions.info import SessionInfo, State
+from apiary_server.sessions.request import SessionChange
 
 VOCABULARY = 49_152
 
@@ -119,6 +121,30 @@ class FakeEngine:
 
     def capacity(self) -> Capacity:
         return CAPACITY
+
+    def update_session(self, tenant: str, id: str, change: SessionChange) -> Future[SessionInfo]:
+        updated: Future[SessionInfo] = Future()
+        info = self.sessions.get(tenant, id)
+        changes: dict[str, Any] = {}
+        if change.policy is not None:
+            changes["policy"] = check_policy(change.policy)
+        if change.labels is not None:
+            changes["labels"] = change.labels
+        if change.expire_time is not None or change.ttl is not None:
+            changes["expire_time"] = change.expire_time or info.create_time + (change.ttl or 0.0)
+        self.sessions.table[tenant, id] = dataclasses.replace(info, **changes)
+        threading.Timer(0.01, updated.set_result, (self.sessions.table[tenant, id],)).start()
+        return updated
+
+    def fork_session(self, tenant: str, id: str, new: str | None) -> Future[SessionInfo]:
+        forked: Future[SessionInfo] = Future()
+        source = self.sessions.get(tenant, id)
+        if (tenant, new) in self.sessions.table:
+            raise errors.SessionExists(f"sessions/{new}")
+        info = dataclasses.replace(source, id=new or "drawn")
+        self.sessions.table[tenant, info.id] = info
+        threading.Timer(0.01, forked.set_result, (info,)).start()
+        return forked
 
     def delete_session(self, tenant: str, id: str) -> Future[None]:
         self.sessions.remove(tenant, id)

@@ -7,6 +7,7 @@ import time
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from apiary.v1 import session_pb2 as pb
@@ -118,3 +119,29 @@ async def test_import_is_for_later_whatever_is_streamed(stub: SessionServiceStub
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.ImportSession(iter(requests), timeout=10)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_fork(stub: SessionServiceStub) -> None:
+    await stub.CreateSession(pb.CreateSessionRequest(session_id="a", session=pb.Session(labels={"a": "b"})))
+    forked = await stub.ForkSession(pb.ForkSessionRequest(name="sessions/a", session_id="b"))
+    assert forked.name == "sessions/b"
+    assert dict(forked.labels) == {"a": "b"}
+    assert (await stub.ForkSession(pb.ForkSessionRequest(name="sessions/a"))).name == "sessions/drawn"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ForkSession(pb.ForkSessionRequest(name="sessions/a", session_id="b"))
+    assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+
+
+async def test_update(stub: SessionServiceStub) -> None:
+    await stub.CreateSession(pb.CreateSessionRequest(session_id="a", session=pb.Session(labels={"a": "b"})))
+
+    async def update(paths: list[str], **settings: object) -> pb.Session:
+        session = pb.Session(name="sessions/a", **settings)  # type: ignore[arg-type]
+        mask = FieldMask(paths=paths)
+        return await stub.UpdateSession(pb.UpdateSessionRequest(session=session, update_mask=mask))
+
+    assert dict((await update([], labels={"c": "d"})).labels) == {"c": "d"}
+    assert (await update(["ttl"], ttl=Duration(seconds=90))).expire_time.seconds == 1_700_000_090
+    assert (await update(["policy"], policy="full", labels={"e": "f"})).labels == {"c": "d"}
+    assert dict((await update(["labels"])).labels) == {}
+    assert (await update(["*"], policy="buzz")).policy.startswith("buzz(")
