@@ -60,6 +60,34 @@ def test_a_missing_session_is_told(apiary: Run) -> None:
 
 
 @pytest.mark.usefixtures("two")
+def test_update(apiary: Run) -> None:
+    said = apiary(
+        "sessions", "update", "alpha", "--label", "team=wasps", "--label", "of=1=2", "--policy", "full"
+    )
+    assert said.returncode == 0
+    assert "of=1=2, team=wasps" in said.stdout
+    assert "full" in said.stdout
+    updated = json.loads(apiary("sessions", "update", "beta", "--ttl", "90", "--json").stdout)
+    assert updated["name"] == "sessions/beta"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [((), "--policy, --ttl or --label"), (("--label", "team"), "not KEY=VALUE")]
+)
+def test_an_update_that_says_nothing(apiary: Run, flags: tuple[str, ...], said: str) -> None:
+    done = apiary("sessions", "update", "alpha", *flags)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.split())
+
+
+@pytest.mark.usefixtures("two")
+def test_fork(apiary: Run) -> None:
+    assert "sessions/gamma" in apiary("sessions", "fork", "alpha", "gamma").stdout
+    assert json.loads(apiary("sessions", "fork", "alpha", "--json").stdout)["name"] == "sessions/drawn"
+    assert apiary("sessions", "fork", "nobody").returncode == 1
+
+
+@pytest.mark.usefixtures("two")
 def test_delete(apiary: Run, worker: FakeWorker) -> None:
     done = apiary("sessions", "delete", "alpha", "sessions/beta")
     assert (done.returncode, worker.sessions) == (0, {})
