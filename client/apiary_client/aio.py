@@ -151,6 +151,17 @@ class Client:
         request = session_pb.ForkSessionRequest(name=convert.session_name(session), session_id=session_id)
         return convert.session(await self._call(self._sessions.ForkSession, request, timeout, request.name))
 
+    async def rewind_session(
+        self, session: Session | str, turn_count: int, *, timeout: float | None = None
+    ) -> Session:
+        """Take a session's last turns back; its first `turn_count` stay.
+
+        The next turn computes the cache anew, and its usage says so.
+        """
+        name = convert.session_name(session)
+        request = session_pb.RewindSessionRequest(name=name, turn_count=turn_count)
+        return convert.session(await self._call(self._sessions.RewindSession, request, timeout, name))
+
     async def delete_session(self, session: Session | str, *, timeout: float | None = None) -> None:
         """Delete a session and free its memory; a turn in flight is cancelled."""
         request = session_pb.DeleteSessionRequest(name=convert.session_name(session))

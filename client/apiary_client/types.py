@@ -111,6 +111,7 @@ class RebuildReason(enum.StrEnum):
     SNAPSHOT_CORRUPT = "snapshot_corrupt"
     MODEL_CHANGED = "model_changed"
     POLICY_CHANGED = "policy_changed"
+    REWOUND = "rewound"
     UNKNOWN = "unknown"
     """A reason that is newer than this client."""
 

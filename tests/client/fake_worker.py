@@ -214,6 +214,12 @@ class FakeWorker(GenerationServiceServicer, SessionServiceServicer, ModelService
         self.sessions[forked.name] = forked
         return forked
 
+    def RewindSession(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self._note(request, context)
+        session = self._find(request.name, context)
+        session.turn_count = request.turn_count
+        return session
+
     def DeleteSession(self, request: Any, context: grpc.ServicerContext) -> Any:
         self._note(request, context)
         self._find(request.name, context)

@@ -52,6 +52,7 @@ def test_sessions_are_changed_and_forked(client: Client, worker: FakeWorker) -> 
     assert dict(client.update_session("work", labels={}).labels) == {}
     with pytest.raises(ValueError, match="nothing to change"):
         client.update_session("work")
+    assert client.rewind_session("work", 3).turn_count == 3
     forked = client.fork_session("work", "again")
     assert (forked.name, forked.policy) == ("sessions/again", "buzz")
     assert client.fork_session(forked).name == "sessions/drawn"

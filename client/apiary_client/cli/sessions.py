@@ -1,4 +1,4 @@
-"""`apiary sessions`: look at conversations; change, copy and delete them."""
+"""`apiary sessions`: look at conversations; change, copy, rewind and delete them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from apiary_client.cli import console
 from apiary_client.cli.options import DEFAULT_TARGET, Json, Target, Tenant, Tls, TlsRootFile, connect
 from apiary_client.types import Session
 
-app = typer.Typer(no_args_is_help=True, help="Look at sessions; change, copy and delete them.")
+app = typer.Typer(no_args_is_help=True, help="Look at sessions; change, copy, rewind and delete them.")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The session's id, with or without `sessions/`.")]
 
@@ -125,6 +125,28 @@ def fork(
     """Copy a session: both go on from here, each on its own."""
     with connect(target, tenant, tls, tls_root_file) as client:
         session = client.fork_session(name, new)
+    if json:
+        console.write(console.json_text(session) + "\n")
+    else:
+        console.table(details(session))
+
+
+@app.command(epilog=console.examples("apiary sessions rewind work 3", "apiary sessions rewind work -- -1"))
+def rewind(
+    name: Name,
+    turns: Annotated[
+        int, typer.Argument(metavar="TURNS", help="How many turns to keep; negative: how many to take back.")
+    ],
+    json: Json = False,
+    target: Target = DEFAULT_TARGET,
+    tenant: Tenant = None,
+    tls: Tls = False,
+    tls_root_file: TlsRootFile = None,
+) -> None:
+    """Take a session's last turns back; the next turn computes its cache anew."""
+    with connect(target, tenant, tls, tls_root_file) as client:
+        keep = turns if turns >= 0 else max(0, client.get_session(name).turn_count + turns)
+        session = client.rewind_session(name, keep)
     if json:
         console.write(console.json_text(session) + "\n")
     else:

@@ -514,6 +514,7 @@ class Usage(_message.Message):
         REBUILD_REASON_SNAPSHOT_CORRUPT: Usage._RebuildReason.ValueType  # 1
         REBUILD_REASON_MODEL_CHANGED: Usage._RebuildReason.ValueType  # 2
         REBUILD_REASON_POLICY_CHANGED: Usage._RebuildReason.ValueType  # 3
+        REBUILD_REASON_REWOUND: Usage._RebuildReason.ValueType  # 4
 
     class RebuildReason(_RebuildReason, metaclass=_RebuildReasonEnumTypeWrapper):
         """Why a session's cache was rebuilt from its transcript."""
@@ -523,6 +524,7 @@ class Usage(_message.Message):
     REBUILD_REASON_SNAPSHOT_CORRUPT: Usage.RebuildReason.ValueType  # 1
     REBUILD_REASON_MODEL_CHANGED: Usage.RebuildReason.ValueType  # 2
     REBUILD_REASON_POLICY_CHANGED: Usage.RebuildReason.ValueType  # 3
+    REBUILD_REASON_REWOUND: Usage.RebuildReason.ValueType  # 4
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int

@@ -356,7 +356,7 @@ class RewindSessionRequest(_message.Message):
     name: _builtins.str
     """`sessions/{id}`."""
     turn_count: _builtins.int
-    """The number of turns to keep."""
+    """The number of turns to keep, at most as many as there are."""
     def __init__(
         self,
         *,

@@ -139,7 +139,8 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RewindSession(self, request, context):
-        """Returns to a kept checkpoint. Not implemented yet.
+        """Takes a session's last turns back: it is as it was before them. The next turn computes the cache anew,
+        and says so in its usage; a session with a turn in flight is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

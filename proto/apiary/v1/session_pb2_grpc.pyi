@@ -53,7 +53,9 @@ class SessionServiceStub:
     as copying the cache, however long the history; a session with a turn in flight is refused.
     """
     RewindSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.Session]
-    """Returns to a kept checkpoint. Not implemented yet."""
+    """Takes a session's last turns back: it is as it was before them. The next turn computes the cache anew,
+    and says so in its usage; a session with a turn in flight is refused.
+    """
     GetCacheMap: _grpc.UnaryUnaryMultiCallable[_session_pb2.GetCacheMapRequest, _session_pb2.CacheMap]
     """Tells which tokens the cache keeps. Not implemented yet."""
     ExportSession: _grpc.UnaryStreamMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]
@@ -85,7 +87,9 @@ class SessionServiceAsyncStub(SessionServiceStub):
     as copying the cache, however long the history; a session with a turn in flight is refused.
     """
     RewindSession: _aio.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Returns to a kept checkpoint. Not implemented yet."""
+    """Takes a session's last turns back: it is as it was before them. The next turn computes the cache anew,
+    and says so in its usage; a session with a turn in flight is refused.
+    """
     GetCacheMap: _aio.UnaryUnaryMultiCallable[_session_pb2.GetCacheMapRequest, _session_pb2.CacheMap]  # type: ignore[assignment]
     """Tells which tokens the cache keeps. Not implemented yet."""
     ExportSession: _aio.UnaryStreamMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]  # type: ignore[assignment]
@@ -156,7 +160,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.RewindSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Returns to a kept checkpoint. Not implemented yet."""
+        """Takes a session's last turns back: it is as it was before them. The next turn computes the cache anew,
+        and says so in its usage; a session with a turn in flight is refused.
+        """
 
     @_abc_1.abstractmethod
     def GetCacheMap(

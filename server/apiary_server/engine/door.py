@@ -57,7 +57,7 @@ class Door:
                 request.session,
                 request.request_id,
             ):
-                _check_same(request, other.digest)
+                _check_same(request, turn.digest)
                 return turn
         answer = self._sessions.answer(request.tenant, request.session, request.request_id)
         if answer is not None:
@@ -161,6 +161,7 @@ class Door:
             cached_tokens=cached,
             history=session.segments if cache is None else (),
             rebuild=session.rebuild,
+            digest=request.digest if request.request_id is not None else "",
         )
 
     def _check(self, request: TurnRequest) -> None:

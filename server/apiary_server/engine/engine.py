@@ -185,6 +185,32 @@ class Engine:
         self._loop.post(set_policy)
         return done
 
+    def rewind_session(self, tenant: str, id: str, turns: int) -> Future[SessionInfo]:
+        """Take a session's last turns back: its first `turns` stay. The next turn computes its cache anew.
+
+        Returns:
+            The session as it is then.
+
+        Raises:
+            SessionNotFound: unknown, expired or another tenant's.
+            SessionBusy: a turn is in flight.
+            InvalidField: it has fewer turns.
+        """
+        session = self.sessions.begin_turn(tenant, id).result()
+        if turns > len(session.turns):
+            self.sessions.end_turn(session)
+            raise errors.InvalidField(
+                [("turn_count", f"is {turns}, and {len(session.turns)} turns are there")]
+            )
+        done: Future[SessionInfo] = Future()
+
+        def rewind() -> None:
+            self._loop.rewind(session, turns)
+            done.set_result(session.info())
+
+        self._loop.post(rewind)
+        return done
+
     def delete_session(self, tenant: str, id: str) -> Future[None]:
         """Take a session away, and its running turn with it; done when its memory is free.
 

@@ -130,6 +130,15 @@ class Loop:
             session.rebuild = RebuildReason.POLICY_CHANGED if session.turns else None
         self._sessions.end_turn(session)
 
+    def rewind(self, session: Session, turns: int) -> None:
+        """Take a session's turns back but for its first ones. The session's turn is the caller's, and over
+        then."""
+        if turns < len(session.turns):
+            self.residency.free(session)
+            self._sessions.rewind(session, turns)
+            session.rebuild = RebuildReason.REWOUND if session.turns else None
+        self._sessions.end_turn(session)
+
     def free(self, session: Session) -> None:
         """Give back the memory of a session that was taken out of the table, and end its turn."""
         self._end_lost_turns()

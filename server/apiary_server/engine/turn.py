@@ -40,6 +40,7 @@ class Turn:
     cached_tokens: int
     history: Sequence[tuple[int, bool]] = ()  # of a cache to rebuild, where its segments end; see `Session`
     rebuild: RebuildReason | None = None
+    digest: str = ""  # of the request, if it has an id
     arrived: float = field(default_factory=time.monotonic)
 
     computed: int = 0
@@ -198,7 +199,7 @@ class Turn:
             evicted_entries=self.evicted,
             tail=self.tail if self.cut is None else "",
             request_id=request.request_id,
-            digest=request.digest if request.request_id is not None else "",
+            digest=self.digest,
         )
 
     def usage(self, now: float) -> Usage:

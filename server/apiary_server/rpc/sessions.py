@@ -67,7 +67,10 @@ class SessionService(SessionServiceServicer):
         return outgoing.session(await asyncio.shield(asyncio.wrap_future(forked)))
 
     async def RewindSession(self, request: pb.RewindSessionRequest, context: Context) -> pb.Session:
-        raise _not_yet("RewindSession")
+        tenant = caller(context).tenant
+        id = incoming.session_id(request.name, "name")
+        rewound = self._engine.rewind_session(tenant, id, request.turn_count)
+        return outgoing.session(await asyncio.shield(asyncio.wrap_future(rewound)))
 
     async def GetCacheMap(self, request: pb.GetCacheMapRequest, context: Context) -> pb.CacheMap:
         raise _not_yet("GetCacheMap")

@@ -22,6 +22,7 @@ class RebuildReason(enum.Enum):
     SNAPSHOT_CORRUPT = "snapshot corrupt"
     MODEL_CHANGED = "model changed"
     POLICY_CHANGED = "policy changed"
+    REWOUND = "rewound"
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,6 +243,16 @@ class SessionManager:
             self._next_expiry = min(self._next_expiry, session.expire_time)
             return session.info()
 
+    def rewind(self, session: Session, turns: int) -> None:
+        """Take the turns of a session back but for its first ones; the caller has its turn, and sees to the
+        cache. A lifetime that counts from the last turn begins anew."""
+        with self._lock:
+            gone = sum(turn.prompt_tokens + turn.completion_tokens for turn in session.turns[turns:])
+            del session.turns[turns:], session.transcript[len(session.transcript) - gone :]
+            session.update_time = time.time()
+            if session.ttl is not None:
+                session.expire_time = session.update_time + session.ttl
+
     def fitting(self, session: Session, policy: str) -> tuple[Policy, SlotLayout]:
         """A policy that a session may change to, and its slots.
 

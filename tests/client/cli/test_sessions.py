@@ -81,6 +81,13 @@ def test_an_update_that_says_nothing(apiary: Run, flags: tuple[str, ...], said: 
 
 
 @pytest.mark.usefixtures("two")
+def test_rewind(apiary: Run) -> None:
+    assert json.loads(apiary("sessions", "rewind", "alpha", "3", "--json").stdout)["turn_count"] == 3
+    assert json.loads(apiary("sessions", "rewind", "alpha", "--json", "--", "-1").stdout)["turn_count"] == 2
+    assert json.loads(apiary("sessions", "rewind", "alpha", "--json", "--", "-9").stdout)["turn_count"] == 0
+
+
+@pytest.mark.usefixtures("two")
 def test_fork(apiary: Run) -> None:
     assert "sessions/gamma" in apiary("sessions", "fork", "alpha", "gamma").stdout
     assert json.loads(apiary("sessions", "fork", "alpha", "--json").stdout)["name"] == "sessions/drawn"

@@ -163,6 +163,21 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.data())
     @precondition(lambda self: self.transcripts)
+    def rewind(self, data: st.DataObject) -> None:
+        id = data.draw(st.sampled_from(sorted(self.transcripts)))
+        turns = [turn.prompt_tokens + turn.completion_tokens for turn in session(self.engine, id).turns]
+        count = data.draw(st.integers(0, len(turns)))
+        if session(self.engine, id).busy:
+            with pytest.raises(errors.SessionBusy):
+                self.engine.rewind_session("default", id, count)
+            return
+        rewound = self.engine.rewind_session("default", id, count)
+        self.step()
+        assert rewound.result(0).turn_count == count
+        del self.transcripts[id][sum(turns[:count]) :]
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.transcripts)
     def delete(self, data: st.DataObject) -> None:
         id = data.draw(st.sampled_from(sorted(self.transcripts)))
         del self.transcripts[id]

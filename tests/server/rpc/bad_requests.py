@@ -258,10 +258,17 @@ def _sessions() -> Iterator[BadRequest]:
         grpc.StatusCode.NOT_FOUND,
         "SESSION_NOT_FOUND",
     )
-    for method in ("RewindSession", "GetCacheMap"):
-        path, reason = f"/apiary.v1.SessionService/{method}", "METHOD_NOT_IMPLEMENTED"
-        yield BadRequest(f"{method} is for later", path, b"", None, UNIMPLEMENTED, reason)
-    for method in ("ExportSession", "ImportSession"):
+    rewind = "/apiary.v1.SessionService/RewindSession"
+    yield BadRequest("rewind of no name", rewind, s.RewindSessionRequest(turn_count=1), "name")
+    yield BadRequest(
+        "rewind of nothing",
+        rewind,
+        s.RewindSessionRequest(name="sessions/unknown"),
+        None,
+        grpc.StatusCode.NOT_FOUND,
+        "SESSION_NOT_FOUND",
+    )
+    for method in ("GetCacheMap", "ExportSession", "ImportSession"):
         path, reason = f"/apiary.v1.SessionService/{method}", "METHOD_NOT_IMPLEMENTED"
         yield BadRequest(f"{method} is for later", path, b"", None, UNIMPLEMENTED, reason)
 

@@ -136,6 +136,14 @@ class FakeEngine:
         threading.Timer(0.01, updated.set_result, (self.sessions.table[tenant, id],)).start()
         return updated
 
+    def rewind_session(self, tenant: str, id: str, turns: int) -> Future[SessionInfo]:
+        rewound: Future[SessionInfo] = Future()
+        info = self.sessions.get(tenant, id)
+        if turns > info.turn_count:
+            raise errors.InvalidField([("turn_count", f"is {turns}, and {info.turn_count} turns are there")])
+        threading.Timer(0.01, rewound.set_result, (dataclasses.replace(info, turn_count=turns),)).start()
+        return rewound
+
     def fork_session(self, tenant: str, id: str, new: str | None) -> Future[SessionInfo]:
         forked: Future[SessionInfo] = Future()
         source = self.sessions.get(tenant, id)

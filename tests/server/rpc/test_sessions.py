@@ -145,3 +145,11 @@ async def test_update(stub: SessionServiceStub) -> None:
     assert (await update(["policy"], policy="full", labels={"e": "f"})).labels == {"c": "d"}
     assert dict((await update(["labels"])).labels) == {}
     assert (await update(["*"], policy="buzz")).policy.startswith("buzz(")
+
+
+async def test_rewind(stub: SessionServiceStub) -> None:
+    await stub.CreateSession(pb.CreateSessionRequest(session_id="a"))
+    assert (await stub.RewindSession(pb.RewindSessionRequest(name="sessions/a"))).turn_count == 0
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.RewindSession(pb.RewindSessionRequest(name="sessions/a", turn_count=1))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
