@@ -20,12 +20,9 @@ from apiary_server.engine.step import ScheduledChunk, StepPlan
 from apiary_server.engine.turn import Turn
 from apiary_server.model.runner import Piece, Runner
 from apiary_server.model.sampler import Sampled, sample
-from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.manager import SessionManager, resource_name
-from apiary_server.sessions.pool import SlotLayout
 from apiary_server.sessions.residency import Residency
 from apiary_server.sessions.session import Session
-from buzz import Policy
 
 _Stats = TypeVar("_Stats")
 _log = structlog.get_logger(__name__)
@@ -101,44 +98,6 @@ class Loop:
             self._delivery.send(stream, again(turn.tokens[turn.prompt_end :][: turn.delivered]))
         return True
 
-    def copy(self, session: Session, twin: Session) -> None:
-        """Give a fork its cache. The turns of both are the caller's, and over then.
-
-        Raises:
-            BudgetExhausted: there is no room for it, and the fork is gone.
-            SessionNotFound: the session was deleted meanwhile; the fork is gone, too.
-        """
-        try:
-            if session.deleted or twin.deleted:
-                raise errors.SessionNotFound(resource_name(session.id))
-            if not self.residency.copy(session, twin):
-                raise self._no_memory(twin)
-        except BaseException:
-            with contextlib.suppress(errors.SessionNotFound):
-                self._sessions.remove(twin.tenant, twin.id)
-            raise
-        finally:
-            self._sessions.end_turn(twin)
-            self._sessions.end_turn(session)
-
-    def set_policy(self, session: Session, policy: Policy, layout: SlotLayout) -> None:
-        """Have a session's next turn compute its cache anew. The session's turn is the caller's, and over
-        then."""
-        if policy != session.policy:
-            self.residency.free(session)
-            session.policy, session.layout = policy, layout
-            session.rebuild = RebuildReason.POLICY_CHANGED if session.turns else None
-        self._sessions.end_turn(session)
-
-    def rewind(self, session: Session, turns: int) -> None:
-        """Take a session's turns back but for its first ones. The session's turn is the caller's, and over
-        then."""
-        if turns < len(session.turns):
-            self.residency.free(session)
-            self._sessions.rewind(session, turns)
-            session.rebuild = RebuildReason.REWOUND if session.turns else None
-        self._sessions.end_turn(session)
-
     def free(self, session: Session) -> None:
         """Give back the memory of a session that was taken out of the table, and end its turn."""
         self._end_lost_turns()
@@ -199,17 +158,7 @@ class Loop:
         turn = running[-1] if running else plan.blocked
         if turn is None or not all(other.starved for other in running):
             return
-        self._fail(turn, self._no_memory(turn.session))
-
-    def _no_memory(self, session: Session) -> errors.BudgetExhausted:
-        pool = self.residency.pool
-        return errors.BudgetExhausted(
-            "idle sessions fill the cache budget and the parked budget; delete some or let them expire",
-            retry_after=5.0,
-            needed=session.layout.bytes,
-            used=pool.used_bytes,
-            budget=pool.budget,
-        )
+        self._fail(turn, self.residency.exhausted(turn.session.layout))
 
     def _execute(self, plan: StepPlan) -> None:
         began = time.monotonic()

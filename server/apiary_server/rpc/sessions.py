@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -16,6 +17,8 @@ from apiary_server.rpc.convert import incoming, outgoing
 
 if TYPE_CHECKING:
     from apiary_server.engine.engine import Engine
+
+_Outcome = TypeVar("_Outcome")
 
 
 class SessionService(SessionServiceServicer):
@@ -46,31 +49,24 @@ class SessionService(SessionServiceServicer):
 
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> Empty:
         tenant = caller(context).tenant
-        freed = self._engine.delete_session(tenant, incoming.session_id(request.name, "name"))
-        # shielded: a caller that leaves does not stop a deletion half-way
-        await asyncio.shield(asyncio.wrap_future(freed))
+        await _whole(self._engine.keeper.delete(tenant, incoming.session_id(request.name, "name")))
         return Empty()
 
     async def UpdateSession(self, request: pb.UpdateSessionRequest, context: Context) -> pb.Session:
         tenant = caller(context).tenant
         id, change = incoming.change(request)
         with incoming.below("session"):
-            updated = self._engine.update_session(tenant, id, change)
-        # shielded: a caller that leaves does not stop a change half-way
-        return outgoing.session(await asyncio.shield(asyncio.wrap_future(updated)))
+            return outgoing.session(await _whole(self._engine.keeper.update(tenant, id, change)))
 
     async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> pb.Session:
         tenant = caller(context).tenant
         id, new = incoming.fork(request)
-        forked = self._engine.fork_session(tenant, id, new)
-        # shielded: a caller that leaves does not stop a copy half-way
-        return outgoing.session(await asyncio.shield(asyncio.wrap_future(forked)))
+        return outgoing.session(await _whole(self._engine.keeper.fork(tenant, id, new)))
 
     async def RewindSession(self, request: pb.RewindSessionRequest, context: Context) -> pb.Session:
         tenant = caller(context).tenant
         id = incoming.session_id(request.name, "name")
-        rewound = self._engine.rewind_session(tenant, id, request.turn_count)
-        return outgoing.session(await asyncio.shield(asyncio.wrap_future(rewound)))
+        return outgoing.session(await _whole(self._engine.keeper.rewind(tenant, id, request.turn_count)))
 
     async def GetCacheMap(self, request: pb.GetCacheMapRequest, context: Context) -> pb.CacheMap:
         raise _not_yet("GetCacheMap")
@@ -85,6 +81,11 @@ class SessionService(SessionServiceServicer):
         self, request: AsyncIterator[pb.ImportSessionRequest], context: Context
     ) -> pb.Session:
         raise _not_yet("ImportSession")
+
+
+async def _whole(change: Future[_Outcome]) -> _Outcome:
+    """Wait for a change; a caller that leaves does not stop it half-way."""
+    return await asyncio.shield(asyncio.wrap_future(change))
 
 
 def _not_yet(method: str) -> MethodNotImplemented:

@@ -253,8 +253,8 @@ class SessionManager:
             if session.ttl is not None:
                 session.expire_time = session.update_time + session.ttl
 
-    def fitting(self, session: Session, policy: str) -> tuple[Policy, SlotLayout]:
-        """A policy that a session may change to, and its slots.
+    def fitting(self, session: Session, policy: str | None) -> tuple[Policy, SlotLayout]:
+        """A policy (None: the default) that a session may change to, and its slots.
 
         Raises:
             InvalidField: it is malformed, or larger than this worker can hold.

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor
 
+from apiary_server.errors import BudgetExhausted
 from apiary_server.sessions.parking import Parking
 from apiary_server.sessions.pool import Lease, Pool, SlotLayout
 from apiary_server.sessions.session import Session
@@ -75,6 +76,16 @@ class Residency:
         into.lease, into.cache = lease, session.cache.twin(lease.buffers(session.policy.states))
         self._idle[id(into)] = into
         return True
+
+    def exhausted(self, layout: SlotLayout) -> BudgetExhausted:
+        """What to say where there is no room for a slot, and none can be made."""
+        return BudgetExhausted(
+            "idle sessions fill the cache budget and the parked budget; delete some or let them expire",
+            retry_after=5.0,
+            needed=layout.bytes,
+            used=self.pool.used_bytes,
+            budget=self.pool.budget,
+        )
 
     def settle(self, session: Session) -> None:
         """The session's turn is over: unpin what it holds. Sessions with nothing committed hold nothing."""

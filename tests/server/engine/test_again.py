@@ -70,7 +70,7 @@ def test_an_id_names_one_request(engine: Engine, committed: bool, other: dict[st
     with pytest.raises(errors.InvalidField) as caught:
         engine.open(request(PROMPT, "a", **{"max_tokens": 20, "request_id": "x", **other}), Reader())  # type: ignore[arg-type]
     assert [field for field, _ in caught.value.violations] == ["request_id"]
-    assert not engine._places, "a refused request gives its place back"
+    assert not engine._admission, "a refused request gives its place back"
 
 
 def test_ids_belong_to_sessions(engine: Engine) -> None:
@@ -151,7 +151,7 @@ def test_twice_in_line(engine: Engine) -> None:
     assert readers[0].token_ids == readers[1].token_ids
     assert session(engine, "a").turns[-1].completion_tokens == 7
     assert len(session(engine, "a").turns) == 2
-    assert not engine._places
+    assert not engine._admission
 
 
 def test_what_a_second_call_read_is_kept_from_where_it_began(engine: Engine) -> None:

@@ -98,7 +98,7 @@ def test_a_deleted_session_keeps_nothing_of_a_turn_that_is_being_kept(make_engin
     reader.close()
     step(engine)  # it computes the kept answer again
     assert reader.error is None
-    engine.delete_session("default", "a")
+    engine.keeper.delete("default", "a")
     step(engine)
     assert isinstance(reader.error, errors.Cancelled)
     assert engine._loop.residency.pool.leased_bytes == 0

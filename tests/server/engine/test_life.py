@@ -130,10 +130,10 @@ class Life(RuleBasedStateMachine):
         new = f"s{self.number}"
         if session(self.engine, id).busy:
             with pytest.raises(errors.SessionBusy):
-                self.engine.fork_session("default", id, new)
+                self.engine.keeper.fork("default", id, new)
             return
         before = state(session(self.engine, id)) | {"update_time": None}
-        forked = self.engine.fork_session("default", id, new)
+        forked = self.engine.keeper.fork("default", id, new)
         self.step()
         if isinstance(forked.exception(0), errors.BudgetExhausted):
             with pytest.raises(errors.SessionNotFound):
@@ -151,14 +151,15 @@ class Life(RuleBasedStateMachine):
         id = data.draw(st.sampled_from(sorted(self.transcripts)))
         before = str(session(self.engine, id).policy)
         try:
-            changed = self.engine.update_session("default", id, SessionChange(policy=policy))
+            changed = self.engine.keeper.update("default", id, SessionChange(policy=policy))
         except errors.SessionBusy:
             assert session(self.engine, id).busy
-        except (errors.InvalidField, errors.ContextFull):
+            return
+        self.step()
+        if isinstance(changed.exception(0), errors.InvalidField | errors.ContextFull):
             assert str(session(self.engine, id).policy) == before
             assert not session(self.engine, id).busy
         else:
-            self.step()
             assert changed.result(0).policy == str(session(self.engine, id).policy)
 
     @rule(data=st.data())
@@ -169,9 +170,9 @@ class Life(RuleBasedStateMachine):
         count = data.draw(st.integers(0, len(turns)))
         if session(self.engine, id).busy:
             with pytest.raises(errors.SessionBusy):
-                self.engine.rewind_session("default", id, count)
+                self.engine.keeper.rewind("default", id, count)
             return
-        rewound = self.engine.rewind_session("default", id, count)
+        rewound = self.engine.keeper.rewind("default", id, count)
         self.step()
         assert rewound.result(0).turn_count == count
         del self.transcripts[id][sum(turns[:count]) :]
@@ -181,7 +182,7 @@ class Life(RuleBasedStateMachine):
     def delete(self, data: st.DataObject) -> None:
         id = data.draw(st.sampled_from(sorted(self.transcripts)))
         del self.transcripts[id]
-        self.engine.delete_session("default", id)
+        self.engine.keeper.delete("default", id)
         self.step()
 
     @rule(data=st.data())
@@ -243,7 +244,7 @@ class Life(RuleBasedStateMachine):
             self.step()
         assert not self.running
         for id in list(self.transcripts):
-            self.engine.delete_session("default", id)
+            self.engine.keeper.delete("default", id)
         self.engine._loop.post(lambda: None)
         with torch.inference_mode():
             self.engine._loop.step()

@@ -35,7 +35,7 @@ def test_turns_that_wait_come_in_order(engine: Engine) -> None:
         run(engine, reader)
     assert [record.completion_tokens for record in session(engine, "a").turns] == [5, 1, 2, 3, 4]
     assert not session(engine, "a").busy
-    assert not engine._places
+    assert not engine._admission
 
 
 def test_who_leaves_the_line_is_passed_over(engine: Engine) -> None:
@@ -49,7 +49,7 @@ def test_who_leaves_the_line_is_passed_over(engine: Engine) -> None:
     queued.result(10)
     run(engine, stays)
     assert [record.completion_tokens for record in session(engine, "a").turns] == [5, 2]
-    assert not engine._places
+    assert not engine._admission
 
 
 def test_a_refused_turn_lets_the_next_go(engine: Engine) -> None:
@@ -64,19 +64,19 @@ def test_a_refused_turn_lets_the_next_go(engine: Engine) -> None:
     yes.result(10)
     run(engine, reader)
     assert len(reader.token_ids) == 2
-    assert not engine._places
+    assert not engine._admission
 
 
 def test_a_deleted_session_sends_its_line_away(engine: Engine) -> None:
     first = begin(engine, request("one", "a", max_tokens=500))
     step(engine, 2)
     queued = engine.open(request("next", "a", wait=True), Reader())
-    engine.delete_session("default", "a")
+    engine.keeper.delete("default", "a")
     with pytest.raises(errors.SessionNotFound):
         queued.result(10)
     step(engine)
     assert isinstance(first.error, errors.Cancelled)
-    assert not engine._places
+    assert not engine._admission
 
 
 def test_a_session_that_expires_meanwhile_sends_its_line_away(engine: Engine) -> None:
@@ -86,7 +86,7 @@ def test_a_session_that_expires_meanwhile_sends_its_line_away(engine: Engine) ->
     run(engine, first)
     with pytest.raises(errors.SessionNotFound):
         queued.result(10)
-    assert not engine._places
+    assert not engine._admission
 
 
 def test_a_worker_that_drains_sends_lines_away(engine: Engine) -> None:
@@ -96,4 +96,4 @@ def test_a_worker_that_drains_sends_lines_away(engine: Engine) -> None:
     engine.drain()
     with pytest.raises(errors.Draining):
         queued.result(10)
-    assert not engine._places
+    assert not engine._admission

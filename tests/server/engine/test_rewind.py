@@ -17,7 +17,7 @@ PROMPT = list(range(3, 153))
 
 
 def rewind(engine: Engine, id: str, turns: int) -> SessionInfo:
-    rewound = engine.rewind_session("default", id, turns)
+    rewound = engine.keeper.rewind("default", id, turns)
     with torch.inference_mode():
         engine._loop.step()
     return rewound.result(0)
@@ -59,15 +59,15 @@ def test_what_cannot_be_rewound(make_engine: MakeEngine) -> None:
     create(engine, "a")
     ask(engine, PROMPT, "a")
     with pytest.raises(errors.SessionNotFound):
-        engine.rewind_session("other", "a", 0)
+        engine.keeper.rewind("other", "a", 0)
     with pytest.raises(errors.InvalidField):
-        engine.rewind_session("default", "a", 2)
+        rewind(engine, "a", 2)
     assert rewind(engine, "a", 1).state is State.RESIDENT, "nothing was taken back"
     reader = begin(engine, request("hello", "a"))
     with pytest.raises(errors.SessionBusy):
-        engine.rewind_session("default", "a", 1)
+        engine.keeper.rewind("default", "a", 1)
     run(engine, reader)
     assert len(session(engine, "a").turns) == 2
-    engine.delete_session("default", "a")
+    engine.keeper.delete("default", "a")
     step(engine)
     assert engine._loop.residency.pool.leased_bytes == 0

@@ -20,7 +20,7 @@ BUZZ = "buzz(sink=2,window=8,threshold=20)"
 
 
 def update(engine: Engine, id: str, **changes: object) -> SessionInfo:
-    updated = engine.update_session("default", id, SessionChange(**changes))  # type: ignore[arg-type]
+    updated = engine.keeper.update("default", id, SessionChange(**changes))  # type: ignore[arg-type]
     if not updated.done():
         with torch.inference_mode():
             engine._loop.step()

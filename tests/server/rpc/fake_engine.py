@@ -61,6 +61,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.model = MODEL
         self.sessions = FakeSessions()
+        self.keeper = FakeKeeper(self.sessions)
         self.healthy = True
         self.on_unhealthy: Callable[[], None] | None = None
         self.full = False
@@ -122,44 +123,6 @@ class FakeEngine:
     def capacity(self) -> Capacity:
         return CAPACITY
 
-    def update_session(self, tenant: str, id: str, change: SessionChange) -> Future[SessionInfo]:
-        updated: Future[SessionInfo] = Future()
-        info = self.sessions.get(tenant, id)
-        changes: dict[str, Any] = {}
-        if change.policy is not None:
-            changes["policy"] = check_policy(change.policy)
-        if change.labels is not None:
-            changes["labels"] = change.labels
-        if change.expire_time is not None or change.ttl is not None:
-            changes["expire_time"] = change.expire_time or info.create_time + (change.ttl or 0.0)
-        self.sessions.table[tenant, id] = dataclasses.replace(info, **changes)
-        threading.Timer(0.01, updated.set_result, (self.sessions.table[tenant, id],)).start()
-        return updated
-
-    def rewind_session(self, tenant: str, id: str, turns: int) -> Future[SessionInfo]:
-        rewound: Future[SessionInfo] = Future()
-        info = self.sessions.get(tenant, id)
-        if turns > info.turn_count:
-            raise errors.InvalidField([("turn_count", f"is {turns}, and {info.turn_count} turns are there")])
-        threading.Timer(0.01, rewound.set_result, (dataclasses.replace(info, turn_count=turns),)).start()
-        return rewound
-
-    def fork_session(self, tenant: str, id: str, new: str | None) -> Future[SessionInfo]:
-        forked: Future[SessionInfo] = Future()
-        source = self.sessions.get(tenant, id)
-        if (tenant, new) in self.sessions.table:
-            raise errors.SessionExists(f"sessions/{new}")
-        info = dataclasses.replace(source, id=new or "drawn")
-        self.sessions.table[tenant, info.id] = info
-        threading.Timer(0.01, forked.set_result, (info,)).start()
-        return forked
-
-    def delete_session(self, tenant: str, id: str) -> Future[None]:
-        self.sessions.remove(tenant, id)
-        done: Future[None] = Future()
-        threading.Timer(0.01, done.set_result, (None,)).start()
-        return done
-
     def _check(self, request: TurnRequest) -> None:
         most = self.model.max_tokens
         if (request.stopping.max_tokens or 0) > most:
@@ -201,6 +164,51 @@ class FakeEngine:
         if request.session is not None:
             self.sessions.end(request.tenant, request.session)
         self.running -= 1
+
+
+class FakeKeeper:
+    """The interface of `apiary_server.engine.keeper.Keeper`."""
+
+    def __init__(self, sessions: FakeSessions) -> None:
+        self._sessions = sessions
+
+    def update(self, tenant: str, id: str, change: SessionChange) -> Future[SessionInfo]:
+        updated: Future[SessionInfo] = Future()
+        info = self._sessions.get(tenant, id)
+        changes: dict[str, Any] = {}
+        if change.policy is not None:
+            changes["policy"] = check_policy(change.policy)
+        if change.labels is not None:
+            changes["labels"] = change.labels
+        if change.expire_time is not None or change.ttl is not None:
+            changes["expire_time"] = change.expire_time or info.create_time + (change.ttl or 0.0)
+        self._sessions.table[tenant, id] = dataclasses.replace(info, **changes)
+        threading.Timer(0.01, updated.set_result, (self._sessions.table[tenant, id],)).start()
+        return updated
+
+    def rewind(self, tenant: str, id: str, turns: int) -> Future[SessionInfo]:
+        rewound: Future[SessionInfo] = Future()
+        info = self._sessions.get(tenant, id)
+        if turns > info.turn_count:
+            raise errors.InvalidField([("turn_count", f"is {turns}, and {info.turn_count} turns are there")])
+        threading.Timer(0.01, rewound.set_result, (dataclasses.replace(info, turn_count=turns),)).start()
+        return rewound
+
+    def fork(self, tenant: str, id: str, new: str | None) -> Future[SessionInfo]:
+        forked: Future[SessionInfo] = Future()
+        source = self._sessions.get(tenant, id)
+        if (tenant, new) in self._sessions.table:
+            raise errors.SessionExists(f"sessions/{new}")
+        info = dataclasses.replace(source, id=new or "drawn")
+        self._sessions.table[tenant, info.id] = info
+        threading.Timer(0.01, forked.set_result, (info,)).start()
+        return forked
+
+    def delete(self, tenant: str, id: str) -> Future[None]:
+        self._sessions.remove(tenant, id)
+        done: Future[None] = Future()
+        threading.Timer(0.01, done.set_result, (None,)).start()
+        return done
 
 
 class FakeSessions:

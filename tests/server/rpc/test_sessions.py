@@ -63,14 +63,14 @@ async def test_get_and_delete(stub: SessionServiceStub) -> None:
 
 async def test_delete_waits_for_the_memory(stub: SessionServiceStub, engine: FakeEngine) -> None:
     await stub.CreateSession(pb.CreateSessionRequest(session_id="a"))
-    delete, freed = engine.delete_session, []
+    delete, freed = engine.keeper.delete, []
 
     def spy(tenant: str, id: str) -> object:
         done = delete(tenant, id)
         done.add_done_callback(lambda _: freed.append(id))
         return done
 
-    engine.delete_session = spy  # type: ignore[method-assign, assignment]
+    engine.keeper.delete = spy  # type: ignore[method-assign, assignment]
     await stub.DeleteSession(pb.DeleteSessionRequest(name="sessions/a"))
     assert freed == ["a"]
 

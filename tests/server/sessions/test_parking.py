@@ -166,7 +166,7 @@ def test_sessions_answer_as_if_they_had_never_been_parked(
     assert copies[0].pinned
     for engine in (roomy, tight):
         for number in range(10):
-            engine.delete_session("default", str(number))
+            engine.keeper.delete("default", str(number))
         step(engine)
         assert engine.capacity().parked_bytes == 0
 
