@@ -57,12 +57,15 @@ _REBUILD_REASONS = {
     generation_pb.Usage.REBUILD_REASON_SNAPSHOT_CORRUPT: RebuildReason.SNAPSHOT_CORRUPT,
     generation_pb.Usage.REBUILD_REASON_MODEL_CHANGED: RebuildReason.MODEL_CHANGED,
     generation_pb.Usage.REBUILD_REASON_POLICY_CHANGED: RebuildReason.POLICY_CHANGED,
+    generation_pb.Usage.REBUILD_REASON_REWOUND: RebuildReason.REWOUND,
+    generation_pb.Usage.REBUILD_REASON_RESTARTED: RebuildReason.RESTARTED,
 }
 _STATES = {
     session_pb.Session.STATE_EMPTY: State.EMPTY,
     session_pb.Session.STATE_RESIDENT: State.RESIDENT,
     session_pb.Session.STATE_PARKED: State.PARKED,
     session_pb.Session.STATE_BUSY: State.BUSY,
+    session_pb.Session.STATE_STORED: State.STORED,
 }
 
 
@@ -293,6 +296,7 @@ def _usage(usage: generation_pb.Usage) -> Usage:
         decode_time=_seconds(usage.decode_time),
         seed=usage.seed,
         rebuild_reason=_REBUILD_REASONS.get(reason, RebuildReason.UNKNOWN) if reason else None,
+        durable=usage.durable,
     )
 
 

@@ -112,6 +112,7 @@ class RebuildReason(enum.StrEnum):
     MODEL_CHANGED = "model_changed"
     POLICY_CHANGED = "policy_changed"
     REWOUND = "rewound"
+    RESTARTED = "restarted"
     UNKNOWN = "unknown"
     """A reason that is newer than this client."""
 
@@ -146,6 +147,8 @@ class Usage:
     decode_time: float
     seed: int
     rebuild_reason: RebuildReason | None = None
+    durable: bool = False
+    """Whether the turn is on the worker's disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,7 @@ class State(enum.StrEnum):
     RESIDENT = "resident"
     PARKED = "parked"
     BUSY = "busy"
+    STORED = "stored"
     UNKNOWN = "unknown"
     """A state that is newer than this client."""
 

@@ -515,6 +515,8 @@ class Usage(_message.Message):
         REBUILD_REASON_MODEL_CHANGED: Usage._RebuildReason.ValueType  # 2
         REBUILD_REASON_POLICY_CHANGED: Usage._RebuildReason.ValueType  # 3
         REBUILD_REASON_REWOUND: Usage._RebuildReason.ValueType  # 4
+        REBUILD_REASON_RESTARTED: Usage._RebuildReason.ValueType  # 5
+        """The worker started again, and had the transcript alone."""
 
     class RebuildReason(_RebuildReason, metaclass=_RebuildReasonEnumTypeWrapper):
         """Why a session's cache was rebuilt from its transcript."""
@@ -525,6 +527,8 @@ class Usage(_message.Message):
     REBUILD_REASON_MODEL_CHANGED: Usage.RebuildReason.ValueType  # 2
     REBUILD_REASON_POLICY_CHANGED: Usage.RebuildReason.ValueType  # 3
     REBUILD_REASON_REWOUND: Usage.RebuildReason.ValueType  # 4
+    REBUILD_REASON_RESTARTED: Usage.RebuildReason.ValueType  # 5
+    """The worker started again, and had the transcript alone."""
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
@@ -535,6 +539,7 @@ class Usage(_message.Message):
     DECODE_TIME_FIELD_NUMBER: _builtins.int
     REBUILD_REASON_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    DURABLE_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of this turn's input, template included."""
     cached_tokens: _builtins.int
@@ -547,6 +552,8 @@ class Usage(_message.Message):
     """Unspecified unless the cache had to be rebuilt."""
     seed: _builtins.int
     """The seed that was used."""
+    durable: _builtins.bool
+    """The turn is on disk, and outlives the worker. False without `--state-dir`, and while its store fails."""
     @_builtins.property
     def queue_time(self) -> _duration_pb2.Duration:
         """From arrival to the first step."""
@@ -571,10 +578,11 @@ class Usage(_message.Message):
         decode_time: _duration_pb2.Duration | None = ...,
         rebuild_reason: Global___Usage.RebuildReason.ValueType = ...,
         seed: _builtins.int = ...,
+        durable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode_time", b"decode_time", "prefill_time", b"prefill_time", "queue_time", b"queue_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "decode_time", b"decode_time", "evicted_entries", b"evicted_entries", "prefill_time", b"prefill_time", "prompt_tokens", b"prompt_tokens", "queue_time", b"queue_time", "rebuild_reason", b"rebuild_reason", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "decode_time", b"decode_time", "durable", b"durable", "evicted_entries", b"evicted_entries", "prefill_time", b"prefill_time", "prompt_tokens", b"prompt_tokens", "queue_time", b"queue_time", "rebuild_reason", b"rebuild_reason", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -43,6 +43,8 @@ class Session(_message.Message):
         """In host memory; the next turn brings it back."""
         STATE_BUSY: Session._State.ValueType  # 4
         """A turn is in flight."""
+        STATE_STORED: Session._State.ValueType  # 5
+        """Nowhere, but there is a transcript; the next turn computes the cache from it."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """Where the cache lies."""
@@ -56,6 +58,8 @@ class Session(_message.Message):
     """In host memory; the next turn brings it back."""
     STATE_BUSY: Session.State.ValueType  # 4
     """A turn is in flight."""
+    STATE_STORED: Session.State.ValueType  # 5
+    """Nowhere, but there is a transcript; the next turn computes the cache from it."""
 
     @_typing.final
     class LabelsEntry(_message.Message):

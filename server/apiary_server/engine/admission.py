@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from apiary_server import errors
-from apiary_server.engine.delivery import Delivery, TokenStream
+from apiary_server.engine.delivery import TokenStream, deliver
 from apiary_server.engine.door import Door
 from apiary_server.engine.loop import Loop
 from apiary_server.engine.places import Place, Places
@@ -136,9 +136,7 @@ class Admission:
         opening.queued.set_result(None)
 
     def _replay(self, opening: _Opening, answer: Answer) -> None:
-        delivery = Delivery()
-        delivery.send(opening.stream, self._door.replay(opening.request, answer))
-        delivery.flush()
+        deliver(opening.stream, self._door.replay(opening.request, answer))
         opening.done()
 
     def _go_on(self, opening: _Opening, work: Callable[[], None]) -> None:

@@ -114,7 +114,7 @@ class TokenStream:
 
 
 class Delivery:
-    """Gathers a step's deltas and hands them over at once. Used by the engine thread alone."""
+    """Gathers a step's deltas and hands them over at once. Not thread-safe."""
 
     def __init__(self) -> None:
         self._step: list[tuple[TokenStream, Delta | ApiaryError]] = []
@@ -137,6 +137,13 @@ class Delivery:
             except RuntimeError:  # the loop is closed: its readers are gone
                 for stream, _ in batch:
                     stream.close()
+
+
+def deliver(stream: TokenStream, delta: Delta | ApiaryError) -> None:
+    """Hand one thing over, from any thread."""
+    delivery = Delivery()
+    delivery.send(stream, delta)
+    delivery.flush()
 
 
 def _put_all(batch: list[tuple[TokenStream, Delta | ApiaryError]]) -> None:

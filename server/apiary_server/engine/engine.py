@@ -20,8 +20,10 @@ from apiary_server.engine.places import Place
 from apiary_server.engine.request import Messages, Text, TurnRequest
 from apiary_server.engine.result import Capacity, ModelInfo
 from apiary_server.engine.scheduler import Scheduler
+from apiary_server.sessions.journal import Journal
 from apiary_server.sessions.manager import SessionManager
 
+_LAST_WRITE = 5.0  # seconds that a store has at the end
 _log = structlog.get_logger(__name__)
 
 
@@ -35,6 +37,7 @@ class Engine:
         loop: what the engine thread does.
         sessions: the table of sessions.
         step_limit: seconds after which a step hangs.
+        journal: what stores sessions; None: nothing does.
 
     Attributes:
         sessions: the table of sessions.
@@ -51,6 +54,7 @@ class Engine:
         loop: Loop,
         sessions: SessionManager,
         step_limit: float,
+        journal: Journal | None = None,
     ) -> None:
         self.model = model
         self.sessions = sessions
@@ -61,6 +65,7 @@ class Engine:
         self._scheduler = scheduler
         self._loop = loop
         self._step_limit = step_limit
+        self._journal = journal
         self._admission = Admission(door, scheduler, loop, sessions)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -85,6 +90,8 @@ class Engine:
         self._loop.post(lambda: None)
         self._thread.join(timeout=self._step_limit)
         self._admission.close()
+        if self._journal is not None:
+            self._journal.close(_LAST_WRITE)
 
     def reserve(self, tenant: str) -> Place:
         """Take a place in the queue for a turn of a tenant; see `Admission.reserve`."""

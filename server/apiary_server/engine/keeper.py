@@ -64,8 +64,9 @@ class Keeper:
         """
         if change.policy is not None:
             return self._between_turns(tenant, id, lambda session: self._update(session, change))
+        session, info = self._sessions.update(tenant, id, change)
         done: Future[SessionInfo] = Future()
-        done.set_result(self._sessions.update(tenant, id, change))
+        self._loop.when_stored(session, lambda _: done.set_result(info))
         return done
 
     def rewind(self, tenant: str, id: str, turns: int) -> Future[SessionInfo]:
@@ -91,7 +92,7 @@ class Keeper:
 
         def forget() -> None:
             self._loop.free(session)
-            done.set_result(None)
+            self._loop.when_stored(session, lambda _: done.set_result(None))
 
         self._loop.post(forget)
         return done
@@ -111,7 +112,8 @@ class Keeper:
                     outcome = work(session)
                 finally:
                     self._sessions.end_turn(session)
-                done.set_result(outcome.info())
+                info = outcome.info()
+                self._loop.when_stored(outcome, lambda _: done.set_result(info))
             except BaseException as error:
                 done.set_exception(error)
 

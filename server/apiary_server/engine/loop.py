@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import secrets
 import time
@@ -12,7 +13,7 @@ from typing import TypeVar
 import structlog
 
 from apiary_server import errors
-from apiary_server.engine.delivery import Delivery, TokenStream
+from apiary_server.engine.delivery import Delivery, TokenStream, deliver
 from apiary_server.engine.request import TurnRequest
 from apiary_server.engine.result import Delta, Observer, StepStats
 from apiary_server.engine.scheduler import Scheduler
@@ -20,6 +21,7 @@ from apiary_server.engine.step import ScheduledChunk, StepPlan
 from apiary_server.engine.turn import Turn
 from apiary_server.model.runner import Piece, Runner
 from apiary_server.model.sampler import Sampled, sample
+from apiary_server.sessions.journal import Journal
 from apiary_server.sessions.manager import SessionManager, resource_name
 from apiary_server.sessions.residency import Residency
 from apiary_server.sessions.session import Session
@@ -40,6 +42,7 @@ class Loop:
         residency: their memory.
         observer: receives plain numbers.
         reattach_grace: seconds that a turn with a request id goes on without a reader.
+        journal: what stores sessions; None: nothing does.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Loop:
         residency: Residency,
         observer: Observer,
         reattach_grace: float,
+        journal: Journal | None = None,
     ) -> None:
         self.residency = residency
         self.step_began: float | None = None
@@ -58,8 +62,10 @@ class Loop:
         self._sessions = sessions
         self._observer = observer
         self._reattach_grace = reattach_grace
+        self._journal = journal
         self._delivery = Delivery()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._after_flush: list[Callable[[], None]] = []
         self._idle = True  # the step before had nothing to run
 
     def post(self, command: Callable[[], None]) -> None:
@@ -76,7 +82,7 @@ class Loop:
         """Roll back every turn."""
         for turn in self._scheduler.turns():
             self._fail(turn, error)
-        self._delivery.flush()
+        self._hand_over()
 
     def attach(
         self, turn: Turn, request: TurnRequest, stream: TokenStream, again: Callable[[list[int]], Delta]
@@ -119,7 +125,16 @@ class Loop:
             self._refuse_for_memory(plan)
         if not self._scheduler.turns():
             self.residency.check_integrity()
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """What the step made goes to its readers; what waits for the store comes after that."""
         self._delivery.flush()
+        after, self._after_flush = self._after_flush, []
+        for command in after:
+            command()
+        if self._journal is not None:
+            self._journal.give_up()
 
     def _take_commands(self) -> None:
         wait = _PAUSED_WAIT if self._scheduler.turns() else _IDLE_WAIT
@@ -245,9 +260,33 @@ class Loop:
         self._scheduler.remove(turn)
         now = time.monotonic()
         last.finish_reason, last.usage = turn.finish_reason, turn.usage(now)
-        self._delivery.send(turn.stream, turn.cut or last)
+        self._send_last(turn, last)
         outcome = turn.finish_reason.value if turn.finish_reason is not None else ""
         self._notify(self._observer.turn, turn.stats(now, outcome))
+
+    def _send_last(self, turn: Turn, last: Delta) -> None:
+        """Say that a turn is committed, once it is stored; what it answered need not wait for that."""
+        session, stream, usage = turn.session, turn.stream, last.usage
+        if self._journal is None or not session.id or usage is None or turn.cut is not None:
+            self._delivery.send(stream, turn.cut or last)
+            return
+        end = Delta(index=last.index + len(last.token_ids), finish_reason=last.finish_reason)
+        last.finish_reason = last.usage = None
+        self._delivery.send(stream, last)
+
+        def tell(durable: bool) -> None:
+            end.usage = dataclasses.replace(usage, durable=durable)
+            deliver(stream, end)
+
+        self._after_flush.append(lambda: self.when_stored(session, tell))
+
+    def when_stored(self, session: Session, then: Callable[[bool], None]) -> None:
+        """Have something done when a session is stored as it is now: with True, or with False where it is
+        not. From any thread, in whichever."""
+        if self._journal is None:
+            then(False)
+        else:
+            self._journal.when_stored(session, then)
 
     def _fail(self, turn: Turn, error: errors.ApiaryError) -> None:
         """End a turn as if it had never been."""

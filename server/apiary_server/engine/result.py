@@ -30,6 +30,7 @@ class Usage:
     decode_time: float
     seed: int
     rebuild_reason: RebuildReason | None = None
+    durable: bool = False
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ class State(enum.Enum):
     """Where a session's cache lies."""
 
     EMPTY = "empty"
+    STORED = "stored"
     RESIDENT = "resident"
     PARKED = "parked"
     BUSY = "busy"
@@ -23,6 +24,7 @@ class RebuildReason(enum.Enum):
     MODEL_CHANGED = "model changed"
     POLICY_CHANGED = "policy changed"
     REWOUND = "rewound"
+    RESTARTED = "restarted"
 
 
 @dataclass(frozen=True, slots=True)

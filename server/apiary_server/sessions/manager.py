@@ -13,14 +13,17 @@ from apiary_server.errors import (
     ApiaryError,
     BudgetExhausted,
     ContextFull,
+    InvalidField,
     SessionBusy,
     SessionExists,
     SessionNotFound,
 )
-from apiary_server.sessions.info import SessionInfo
+from apiary_server.sessions.info import RebuildReason, SessionInfo
 from apiary_server.sessions.pool import SlotLayout
 from apiary_server.sessions.request import SessionChange
 from apiary_server.sessions.session import Answer, Session, TurnRecord, Waiter
+from apiary_server.sessions.store import Change, StoredSession
+from apiary_server.sessions.stored import change_of, session_of
 from buzz import Policy
 
 
@@ -37,6 +40,9 @@ class SessionManager:
             raises InvalidField for specs that this worker cannot serve.
         default_ttl: seconds that a session without expiration lives after its last turn.
         limit: the most sessions at once.
+
+    Attributes:
+        on_change: called with each session that changed in what outlives the process.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class SessionManager:
         self._lock = threading.Lock()
         self._sessions: dict[tuple[str, str], Session] = {}
         self._next_expiry = float("inf")  # nothing expires before
+        self.on_change: Callable[[Session], None] = lambda session: None  # called when one is to be stored
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -87,7 +94,37 @@ class SessionManager:
         )
         with self._lock:
             self._add(session)
-            return session.info()
+        self.on_change(session)
+        return session.info()
+
+    def restore(self, stored: StoredSession) -> None:
+        """Add a session that outlived the worker before. It has a policy of its own, if this worker can serve
+        that, and no cache."""
+        rebuild = RebuildReason.RESTARTED
+        try:
+            policy, layout = self._layout(stored.settings.policy)
+        except InvalidField:
+            rebuild = RebuildReason.POLICY_CHANGED
+            policy, layout = self._layout(None)
+        session = session_of(stored, policy, layout, rebuild)
+        with self._lock:
+            self._sessions[session.tenant, session.id] = session
+            self._next_expiry = min(self._next_expiry, session.expire_time)
+
+    def take_changes(self, sessions: Sequence[Session]) -> list[Change]:
+        """What the store lacks of sessions; it counts as stored now. Those that are gone come first, since
+        others may have their names."""
+        with self._lock:
+            ordered = sorted(sessions, key=lambda session: not session.deleted)
+            return [change_of(session) for session in ordered]
+
+    def put_back(self, sessions: Sequence[Session], changes: Sequence[Change]) -> None:
+        """Those changes were not stored after all."""
+        kept = {(change.tenant, change.id): change.kept for change in changes if change.settings is not None}
+        with self._lock:
+            for session in sessions:
+                if not session.deleted:
+                    session.stored = min(session.stored, kept[session.tenant, session.id])
 
     def fork(self, session: Session, id: str | None) -> Session:
         """Add a session with the transcript and the settings of another, whose turn the caller has.
@@ -117,6 +154,7 @@ class SessionManager:
         )
         with self._lock:
             self._add(twin)
+        self.on_change(twin)
         return twin
 
     def get(self, tenant: str, id: str) -> SessionInfo:
@@ -213,6 +251,8 @@ class SessionManager:
             over = session.deleted or session.expired(time.time())
             heir = None if over else _first(session)
             session.busy = heir is not None
+        if record is not None:
+            self.on_change(session)
         if heir is not None:
             heir.set_result(session)
         elif over:
@@ -225,7 +265,7 @@ class SessionManager:
         for session in sessions:
             _dismiss(session, error)
 
-    def update(self, tenant: str, id: str, change: SessionChange) -> SessionInfo:
+    def update(self, tenant: str, id: str, change: SessionChange) -> tuple[Session, SessionInfo]:
         """Change a session's labels and when it ends.
 
         Raises:
@@ -241,7 +281,9 @@ class SessionManager:
             elif change.ttl is not None:
                 session.ttl, session.expire_time = change.ttl, now + change.ttl
             self._next_expiry = min(self._next_expiry, session.expire_time)
-            return session.info()
+            info = session.info()
+        self.on_change(session)
+        return session, info
 
     def rewind(self, session: Session, turns: int) -> None:
         """Take the turns of a session back but for its first ones; the caller has its turn, and sees to the
@@ -249,9 +291,11 @@ class SessionManager:
         with self._lock:
             gone = sum(turn.prompt_tokens + turn.completion_tokens for turn in session.turns[turns:])
             del session.turns[turns:], session.transcript[len(session.transcript) - gone :]
+            session.stored = min(session.stored, turns)
             session.update_time = time.time()
             if session.ttl is not None:
                 session.expire_time = session.update_time + session.ttl
+        self.on_change(session)
 
     def fitting(self, session: Session, policy: str | None) -> tuple[Policy, SlotLayout]:
         """A policy (None: the default) that a session may change to, and its slots.
@@ -282,6 +326,7 @@ class SessionManager:
             session = self._find(tenant, id)
             session.deleted = True
             del self._sessions[tenant, id]
+        self.on_change(session)
         _dismiss(session, SessionNotFound(resource_name(id)))
         return session
 
@@ -299,7 +344,9 @@ class SessionManager:
             removed = [self._sessions.pop(key) for key in over]
             idle = (session for session in self._sessions.values() if not session.busy)
             self._next_expiry = min((session.expire_time for session in idle), default=float("inf"))
-            return removed
+        for session in removed:
+            self.on_change(session)
+        return removed
 
     def _add(self, session: Session) -> None:
         known = self._sessions.get((session.tenant, session.id))
@@ -322,7 +369,7 @@ class SessionManager:
 def _first(session: Session) -> Future[Session] | None:
     """Whose turn is next."""
     while session.line:
-        waiter = session.line.popleft()
+        waiter = session.line.pop(0)
         if waiter.held.set_running_or_notify_cancel():
             session.abandoned = waiter.abandoned
             return waiter.held

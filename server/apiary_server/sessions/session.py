@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -75,8 +74,9 @@ class Session:
     turns: list[TurnRecord] = field(default_factory=list)
     busy: bool = False
     abandoned: Callable[[], bool] = lambda: False  # whether the turn in flight has lost its reader
-    line: deque[Waiter] = field(default_factory=deque)  # who has the next turns
+    line: list[Waiter] = field(default_factory=list)  # who has the next turns
     deleted: bool = False
+    stored: int = 0  # how many of the first turns are in the store as they are here
     rebuild: RebuildReason | None = None  # why there is no cache, but a transcript
 
     cache: Cache | None = None
@@ -110,7 +110,7 @@ class Session:
         if self.busy:
             state = State.BUSY
         elif cache is None:
-            state = State.EMPTY
+            state = State.STORED if self.turns else State.EMPTY
         else:
             state = State.RESIDENT if self.lease is not None else State.PARKED
         return SessionInfo(

@@ -64,7 +64,7 @@ def test_another_policy_computes_the_cache_anew(make_engine: MakeEngine, engine:
     ask(engine, "more", "a", max_tokens=9)
     transcript = session(engine, "a").transcript.tolist()
     info = update(engine, "a", policy=policy)
-    assert (info.state, info.turn_count, info.token_count) == (State.EMPTY, 2, len(transcript))
+    assert (info.state, info.turn_count, info.token_count) == (State.STORED, 2, len(transcript))
     assert engine._loop.residency.pool.leased_bytes == 0
     answer = ask(engine, [40, 41], "a")
     assert answer.usage.rebuild_reason is RebuildReason.POLICY_CHANGED

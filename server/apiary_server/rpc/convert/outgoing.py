@@ -17,6 +17,7 @@ from apiary_server.sessions.info import RebuildReason, SessionInfo, State
 
 _STATES = {
     State.EMPTY: spb.Session.STATE_EMPTY,
+    State.STORED: spb.Session.STATE_STORED,
     State.RESIDENT: spb.Session.STATE_RESIDENT,
     State.PARKED: spb.Session.STATE_PARKED,
     State.BUSY: spb.Session.STATE_BUSY,
@@ -34,6 +35,7 @@ _REBUILD_REASONS = {
     RebuildReason.MODEL_CHANGED: gpb.Usage.REBUILD_REASON_MODEL_CHANGED,
     RebuildReason.POLICY_CHANGED: gpb.Usage.REBUILD_REASON_POLICY_CHANGED,
     RebuildReason.REWOUND: gpb.Usage.REBUILD_REASON_REWOUND,
+    RebuildReason.RESTARTED: gpb.Usage.REBUILD_REASON_RESTARTED,
 }
 
 
@@ -107,6 +109,7 @@ def _usage(usage: Usage) -> gpb.Usage:
         prefill_time=_duration(usage.prefill_time),
         decode_time=_duration(usage.decode_time),
         rebuild_reason=_REBUILD_REASONS[usage.rebuild_reason],
+        durable=usage.durable,
         seed=usage.seed,
     )
 
