@@ -136,7 +136,12 @@ class Admission:
         opening.queued.set_result(None)
 
     def _replay(self, opening: _Opening, answer: Answer) -> None:
-        deliver(opening.stream, self._door.replay(opening.request, answer))
+        request, stream = opening.request, opening.stream
+
+        def tell(durable: bool) -> None:
+            deliver(stream, self._door.replay(request, answer, durable=durable))
+
+        self._loop.when_stored(answer.session, tell)
         opening.done()
 
     def _go_on(self, opening: _Opening, work: Callable[[], None]) -> None:

@@ -74,7 +74,7 @@ class Door:
                 delta.text += released.text
         return delta
 
-    def replay(self, request: TurnRequest, answer: Answer) -> Delta:
+    def replay(self, request: TurnRequest, answer: Answer, *, durable: bool) -> Delta:
         """The whole of a committed answer, from the place on that the request asks for."""
         record, delta = answer.record, self.again(request, answer.token_ids)
         delta.text += record.tail
@@ -88,6 +88,7 @@ class Door:
             prefill_time=0.0,
             decode_time=0.0,
             seed=record.seed,
+            durable=durable,
         )
         return delta
 

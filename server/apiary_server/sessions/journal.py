@@ -82,7 +82,7 @@ class Journal:
             waiter.tell(stored=not waits)
 
     def give_up(self, after: float | None = None) -> None:
-        """Tell those who have waited for `after` seconds, or longer than the patience, that nothing was stored."""
+        """Tell those who have waited for `after` seconds, by default the patience, that nothing was stored."""
         before = time.monotonic() - (self._patience if after is None else after)
         with self._changed:
             overdue = [waiter for waiter in (*self._writing, *self._waiters) if waiter.since < before]

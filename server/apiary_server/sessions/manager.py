@@ -231,7 +231,9 @@ class SessionManager:
             end = len(session.transcript)
             for record in reversed(session.turns):
                 if record.request_id == request_id:
-                    return Answer(record, session.transcript[end - record.completion_tokens : end].tolist())
+                    return Answer(
+                        session, record, session.transcript[end - record.completion_tokens : end].tolist()
+                    )
                 end -= record.prompt_tokens + record.completion_tokens
         return None
 

@@ -40,8 +40,9 @@ class TurnRecord:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A committed turn and the tokens of its answer."""
+    """A committed turn of a session and the tokens of its answer."""
 
+    session: Session
     record: TurnRecord
     token_ids: list[int]
 

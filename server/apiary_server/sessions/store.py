@@ -46,7 +46,7 @@ class StoredSession:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is to be changed of a stored session: its settings (None: it is deleted), and the turns that follow
+    """What is to change of a stored session: its settings (None: it is deleted), and the turns that follow
     the first `kept` ones, which stay as they are."""
 
     tenant: str
