@@ -272,7 +272,8 @@ class Loop:
             return
         end = Delta(index=last.index + len(last.token_ids), finish_reason=last.finish_reason)
         last.finish_reason = last.usage = None
-        self._delivery.send(stream, last)
+        if last.text or last.token_ids:
+            self._delivery.send(stream, last)
 
         def tell(durable: bool) -> None:
             end.usage = dataclasses.replace(usage, durable=durable)

@@ -82,7 +82,7 @@ class Journal:
             waiter.tell(stored=not waits)
 
     def give_up(self, after: float | None = None) -> None:
-        """Tell those who have waited for `after` seconds, by default the patience, that nothing was stored."""
+        """Tell those who have waited for `after` seconds, or the patience, that nothing was stored."""
         before = time.monotonic() - (self._patience if after is None else after)
         with self._changed:
             overdue = [waiter for waiter in (*self._writing, *self._waiters) if waiter.since < before]
@@ -112,7 +112,7 @@ class Journal:
                 if failed and not self._closing:
                     self._changed.wait(_RETRY)
                 self._changed.wait_for(lambda: self._dirty or self._closing)
-                if not self._dirty or (failed and self._closing):
+                if not self._dirty:
                     return
                 self._now, self._dirty = self._dirty, {}
                 self._writing, self._waiters = self._waiters, []
@@ -124,13 +124,17 @@ class Journal:
                 self._now = {}
             for waiter in told:
                 waiter.tell(stored=not failed)
+            if failed and self._closing:
+                return
 
     def _write(self, sessions: list[Session]) -> bool:
         changes = self._sessions.take_changes(sessions)
         try:
             self._store.write(changes)
-        except StoreError as error:
+        except Exception as error:
             self._sessions.put_back(sessions, changes)
+            if not isinstance(error, StoreError):
+                _log.exception("a fault of ours in a store")
             self._degrade(str(error))
             return False
         if self.degraded:
