@@ -261,3 +261,4 @@ class Capacity:
     running_turns: int
     queued_turns: int
     queue_limit: int
+    store_degraded: bool = False

@@ -130,6 +130,7 @@ class Engine:
             running_turns=len(self._scheduler.running),
             queued_turns=len(self._scheduler.waiting) + len(self._admission),
             queue_limit=self._scheduler.queue_limit,
+            store_degraded=self._journal is not None and self._journal.degraded,
         )
 
     @property

@@ -97,6 +97,7 @@ class Capacity:
     running_turns: int
     queued_turns: int
     queue_limit: int
+    store_degraded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

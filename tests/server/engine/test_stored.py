@@ -11,7 +11,7 @@ import pytest
 from apiary_server.engine.engine import Engine
 from apiary_server.sessions.info import RebuildReason, State
 from apiary_server.sessions.store import Change, StoreError
-from tests.server.driver import Reader, ask, begin, create, request, run, session
+from tests.server.driver import Reader, ask, begin, create, request, run, session, step
 
 MakeEngine = Callable[..., Engine]
 PROMPT = list(range(3, 153))
@@ -76,11 +76,13 @@ def test_a_store_that_fails_stops_nobody(make: Callable[[], Engine], monkeypatch
         patch.setattr(store, "write", refuse)
         assert not ask(engine, "more", "a").usage.durable
         assert not ask(engine, "and more", "a").usage.durable
+        assert engine.capacity().store_degraded
     until = threading.Event()
     for _ in range(100):
         if not engine._journal.degraded:
             break
         until.wait(0.05)
+    assert not engine.capacity().store_degraded
     assert ask(engine, "again", "a").usage.durable
     close(engine)
     other = make()
@@ -104,7 +106,7 @@ def test_a_store_that_hangs_holds_up_an_answer_s_end_alone(
     monkeypatch.setattr(engine._journal._store, "write", hang)
     reader = begin(engine, request("more", "a", max_tokens=5))
     while len(reader.token_ids) < 5:
-        engine._loop.step()
+        step(engine)
     assert not reader.ended
     run(engine, reader)
     assert not reader.usage.durable
@@ -146,7 +148,7 @@ def test_expired_sessions_are_gone_for_good(make: Callable[[], Engine]) -> None:
     close(engine)
     other = make()
     assert [(one.id, one.expire_time) for one in other.sessions._sessions.values()] == [("a", 1.0)]
-    other._loop.step()
+    step(other)
     assert len(other.sessions) == 0
     close(other)
     third = make()
