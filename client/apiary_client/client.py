@@ -84,7 +84,8 @@ class Client:
         """Run one turn and iterate over the pieces of its answer; takes what `generate` takes.
 
         The call starts with the first piece. Leaving the loop early, or `close()` on the iterator,
-        cancels it, and the session is as it was before the turn.
+        cancels it, and the session is as it was before the turn; unless `on_cancel` keeps what came, or a
+        `request_id` lets the turn run on for a while, so that the same request can go on with it.
         """
         return self._stream(convert.generate_request(messages, **options), timeout)
 

@@ -88,7 +88,7 @@ def update(
     ] = None,
     ttl: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", min=0, help="Let it end so long after its last turn."),
+        typer.Option(metavar="SECONDS", help="Let it end so long after its last turn; more than 0."),
     ] = None,
     label: Annotated[
         list[str] | None,
@@ -131,12 +131,17 @@ def fork(
         console.table(details(session))
 
 
-@app.command(epilog=console.examples("apiary sessions rewind work 3", "apiary sessions rewind work -- -1"))
+@app.command(
+    epilog=console.examples("apiary sessions rewind work --back 1", "apiary sessions rewind work --keep 3")
+)
 def rewind(
     name: Name,
-    turns: Annotated[
-        int, typer.Argument(metavar="TURNS", help="How many turns to keep; negative: how many to take back.")
-    ],
+    keep: Annotated[
+        int | None, typer.Option(metavar="TURNS", min=0, help="How many of its first turns to keep.")
+    ] = None,
+    back: Annotated[
+        int | None, typer.Option(metavar="TURNS", min=1, help="How many of its last turns to take back.")
+    ] = None,
     json: Json = False,
     target: Target = DEFAULT_TARGET,
     tenant: Tenant = None,
@@ -144,8 +149,14 @@ def rewind(
     tls_root_file: TlsRootFile = None,
 ) -> None:
     """Take a session's last turns back; the next turn computes its cache anew."""
+    if (keep is None) == (back is None):
+        raise typer.BadParameter("give one of --keep and --back", param_hint="apiary sessions rewind")
     with connect(target, tenant, tls, tls_root_file) as client:
-        keep = turns if turns >= 0 else max(0, client.get_session(name).turn_count + turns)
+        if keep is None:
+            turns = client.get_session(name).turn_count
+            keep = turns - (back or 0)
+            if keep < 0:
+                console.fail(f"{name} has {turns} turns: --back is at most that")
         session = client.rewind_session(name, keep)
     if json:
         console.write(console.json_text(session) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -136,10 +137,12 @@ class Admission:
         opening.queued.set_result(None)
 
     def _replay(self, opening: _Opening, answer: Answer) -> None:
-        request, stream = opening.request, opening.stream
+        stream, whole = opening.stream, self._door.replay(opening.request, answer)
 
         def tell(durable: bool) -> None:
-            deliver(stream, self._door.replay(request, answer, durable=durable))
+            if whole.usage is not None:
+                whole.usage = dataclasses.replace(whole.usage, durable=durable)
+            deliver(stream, whole)
 
         self._loop.when_stored(answer.session, tell)
         opening.done()
@@ -160,7 +163,15 @@ class Admission:
 
     def _attach(self, opening: _Opening, turn: Turn) -> None:
         request = opening.request
-        if self._loop.attach(turn, request, opening.stream, lambda tokens: self._door.again(request, tokens)):
+        try:
+            goes_on = self._loop.attach(
+                turn, request, opening.stream, lambda tokens: self._door.again(request, tokens)
+            )
+        except errors.InvalidField as error:
+            opening.place.release()
+            opening.queued.set_exception(error)
+            return
+        if goes_on:
             opening.done()
         else:  # it has ended meanwhile
             self._go_on(opening, lambda: self._open(opening))

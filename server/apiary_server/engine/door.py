@@ -65,7 +65,14 @@ class Door:
         return answer
 
     def again(self, request: TurnRequest, tokens: Sequence[int]) -> Delta:
-        """An answer so far as one delta, from the place on that the request asks for."""
+        """An answer so far as one delta, from the place on that the request asks for.
+
+        Raises:
+            InvalidField: it has no such place.
+        """
+        if request.next_index > len(tokens):
+            why = f"is {request.next_index}, and the answer has {len(tokens)} tokens so far"
+            raise InvalidField([("next_index", why)])
         detokenizer = Detokenizer(self.tokenizer.backend)
         delta, place = Delta(index=request.next_index, token_ids=list(tokens[request.next_index :])), 0
         for released in (*map(detokenizer.add, tokens), detokenizer.finish()):
@@ -74,8 +81,12 @@ class Door:
                 delta.text += released.text
         return delta
 
-    def replay(self, request: TurnRequest, answer: Answer, *, durable: bool) -> Delta:
-        """The whole of a committed answer, from the place on that the request asks for."""
+    def replay(self, request: TurnRequest, answer: Answer) -> Delta:
+        """A committed answer, from the place on that the request asks for.
+
+        Raises:
+            InvalidField: it has no such place.
+        """
         record, delta = answer.record, self.again(request, answer.token_ids)
         delta.text += record.tail
         delta.finish_reason = FinishReason(record.finish)
@@ -88,7 +99,6 @@ class Door:
             prefill_time=0.0,
             decode_time=0.0,
             seed=record.seed,
-            durable=durable,
         )
         return delta
 

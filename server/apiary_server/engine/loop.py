@@ -93,15 +93,16 @@ class Loop:
             turn: it.
             request: as it came now.
             stream: where the answer goes on.
-            again: makes a delta, for that request, of the answer so far.
+            again: makes a delta, for that request, of the answer so far; what it raises changes nothing.
         """
         if turn.cut is not None or turn not in self._scheduler.turns():
             return False
+        missed = again(turn.tokens[turn.prompt_end :][: turn.delivered])
         turn.stream.close()
         self._delivery.send(turn.stream, errors.Cancelled("the same request came again, by another call"))
         turn.attach(request, stream)
-        if turn.delivered > request.next_index:
-            self._delivery.send(stream, again(turn.tokens[turn.prompt_end :][: turn.delivered]))
+        if missed.token_ids:
+            self._delivery.send(stream, missed)
         return True
 
     def free(self, session: Session) -> None:

@@ -58,7 +58,7 @@ class Journal:
         self._now: dict[int, Session] = {}  # those that are being written
         self._waiters: list[_Waiter] = []  # of dirty sessions
         self._writing: list[_Waiter] = []  # of those that are being written
-        self._closing = False
+        self._closing: float | None = None  # when to give up
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         sessions.on_change = self.note
         self._thread.start()
@@ -95,23 +95,25 @@ class Journal:
             waiter.tell(stored=False)
 
     def close(self, timeout: float) -> None:
-        """Write what is left, and end; after `timeout` seconds whatever is left."""
+        """Write what is left, and end; after `timeout` seconds whatever is left, which is told."""
         with self._changed:
-            self._closing = True
+            self._closing = time.monotonic() + timeout
             self._changed.notify()
-        self._thread.join(timeout)
+        self._thread.join(timeout + _RETRY)
         if self._thread.is_alive():
             self.give_up(0.0)
         else:
             self._store.close()
+        if lost := len(self._dirty | self._now):
+            _log.critical("what changed last in some sessions was not stored, and is lost", sessions=lost)
 
     def _run(self) -> None:
         failed = False
         while True:
             with self._changed:
-                if failed and not self._closing:
+                if failed:
                     self._changed.wait(_RETRY)
-                self._changed.wait_for(lambda: self._dirty or self._closing)
+                self._changed.wait_for(lambda: self._dirty or self._closing is not None)
                 if not self._dirty:
                     return
                 self._now, self._dirty = self._dirty, {}
@@ -124,7 +126,7 @@ class Journal:
                 self._now = {}
             for waiter in told:
                 waiter.tell(stored=not failed)
-            if failed and self._closing:
+            if failed and self._closing is not None and time.monotonic() >= self._closing:
                 return
 
     def _write(self, sessions: list[Session]) -> bool:

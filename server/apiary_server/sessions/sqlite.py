@@ -39,12 +39,18 @@ class SqliteStore:
         tokenizer: a digest of the tokenizer; transcripts mean nothing to another.
 
     Raises:
-        StoreError: another process uses it, it is of a newer version or another tokenizer, or no database.
-        OSError: the directory cannot be made.
+        StoreError: the directory cannot be made; another process uses it; or what is there is of a newer
+            version, of another tokenizer, or no database.
     """
 
     def __init__(self, directory: Path, tokenizer: str) -> None:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"the state directory {directory} cannot be made ({error.strerror}): name one in which this "
+                "user can write with --state-dir"
+            ) from error
         self._path = directory / "sessions.db"
         with self._explained():
             # commits are this class's own, so that many changes are one; and no other process comes between
@@ -160,7 +166,10 @@ class SqliteStore:
                 raise StoreError(f"{self._path} is in use by another worker") from error
             raise StoreError(f"{self._path}: {error}") from error
         except (sqlite3.Error, ValueError, TypeError) as error:
-            raise StoreError(f"{self._path}: {error}") from error
+            raise StoreError(
+                f"{self._path}: {error}; put a copy of it there that is whole, or move it away, and its "
+                "sessions with it, or choose another --state-dir"
+            ) from error
 
 
 def _blob(tokens: array[int]) -> bytes:

@@ -38,7 +38,7 @@ def test_a_committed_turn_is_answered_without_computing(engine: Engine) -> None:
     assert state(session(engine, "a"))["transcript"] == before["transcript"]
 
 
-@pytest.mark.parametrize("index", [0, 1, 7, 19, 20, 25])
+@pytest.mark.parametrize("index", [0, 1, 7, 19, 20])
 def test_the_rest_of_a_committed_answer(engine: Engine, index: int) -> None:
     first = ask(engine, PROMPT, "a", max_tokens=20, request_id="x")
     text = "".join(delta.text for delta in first.deltas if delta.index >= index)
@@ -46,6 +46,27 @@ def test_the_rest_of_a_committed_answer(engine: Engine, index: int) -> None:
     assert again.token_ids == first.token_ids[index:]
     assert again.text == text
     assert again.deltas[0].index == index
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_place_that_no_answer_has(engine: Engine, committed: bool) -> None:
+    first = begin(engine, request(PROMPT, "a", max_tokens=20, request_id="x"))
+    while len(first.token_ids) < 5:
+        step(engine)
+    if committed:
+        run(engine, first)
+    turn = request(PROMPT, "a", max_tokens=20, request_id="x", next_index=21)
+    if committed:
+        with pytest.raises(errors.InvalidField, match="20 tokens so far"):
+            engine.open(turn, Reader())
+    else:
+        queued = engine.open(turn, Reader())
+        step(engine)
+        with pytest.raises(errors.InvalidField, match="next_index"):
+            queued.result(10)
+        run(engine, first)
+        assert len(first.token_ids) == 20, "the call before is not disturbed"
+    assert not engine._admission
 
 
 def test_an_answer_that_ended_within_a_token_is_told_again_to_the_letter(engine: Engine) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from apiary.v1 import generation_pb2 as g
 from apiary.v1 import session_pb2 as s
 from apiary_server.engine.result import Delta, FinishReason
@@ -24,7 +26,9 @@ def test_a_first_delta_says_little() -> None:
 
 
 def test_a_last_delta_says_all() -> None:
-    message = outgoing.stream_response(Delta("", [], 4, [], FinishReason.STOP, USAGE))
+    message = outgoing.stream_response(
+        Delta("", [], 4, [], FinishReason.STOP, dataclasses.replace(USAGE, durable=True))
+    )
     assert message.finish_reason == g.FINISH_REASON_STOP
     named = {field.name for field, _ in message.usage.ListFields()}
     assert named == {field.name for field in g.Usage.DESCRIPTOR.fields} - {"rebuild_reason"}
