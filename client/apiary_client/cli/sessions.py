@@ -68,10 +68,7 @@ def show(
     """Show one session."""
     with connect(target, tenant, tls, tls_root_file) as client:
         session = client.get_session(name)
-    if json:
-        console.write(console.json_text(session) + "\n")
-    else:
-        console.table(details(session))
+    _print(session, json)
 
 
 @app.command(
@@ -106,10 +103,7 @@ def update(
         raise typer.BadParameter("give --policy, --ttl or --label", param_hint="apiary sessions update")
     with connect(target, tenant, tls, tls_root_file) as client:
         session = client.update_session(name, policy=policy, ttl=ttl, labels=labels)
-    if json:
-        console.write(console.json_text(session) + "\n")
-    else:
-        console.table(details(session))
+    _print(session, json)
 
 
 @app.command(epilog=console.examples("apiary sessions fork work", "apiary sessions fork work second-try"))
@@ -125,10 +119,7 @@ def fork(
     """Copy a session: both go on from here, each on its own."""
     with connect(target, tenant, tls, tls_root_file) as client:
         session = client.fork_session(name, new)
-    if json:
-        console.write(console.json_text(session) + "\n")
-    else:
-        console.table(details(session))
+    _print(session, json)
 
 
 @app.command(
@@ -158,10 +149,7 @@ def rewind(
             if keep < 0:
                 console.fail(f"{name} has {turns} turns: --back is at most that")
         session = client.rewind_session(name, keep)
-    if json:
-        console.write(console.json_text(session) + "\n")
-    else:
-        console.table(details(session))
+    _print(session, json)
 
 
 @app.command(epilog=console.examples("apiary sessions delete work"))
@@ -177,6 +165,13 @@ def delete(
         for name in names:
             client.delete_session(name)
             console.note(f"deleted {name}")
+
+
+def _print(session: Session, json: bool) -> None:
+    if json:
+        console.write(console.json_text(session) + "\n")
+    else:
+        console.table(details(session))
 
 
 def _pair(text: str) -> tuple[str, str]:
