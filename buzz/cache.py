@@ -244,6 +244,12 @@ class Cache:
             self.n, self.sampled, self.seen, self.evicted, self.rotated_in_cache, self.packed, self.measured
         )
 
+    def twin(self, buffers: Buffers) -> Cache:
+        """A cache of its own over a copy of the memory."""
+        twin = Cache(self.policy, self.rotary, buffers)
+        twin.restore(self.state())
+        return twin
+
     def restore(self, state: CacheState) -> None:
         """Return to `state`; the entries are the caller's to put back."""
         self.n = state.n

@@ -129,7 +129,7 @@ def test_the_pod_meets_the_restricted_standard(pod: dict[str, Any], container: d
     assert pod["spec"]["automountServiceAccountToken"] is False
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod["spec"].keys()
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounts == {"tmp": "/tmp"}
+    assert mounts == {"tmp": "/tmp", "state": "/state"}
     assert [volume["name"] for volume in pod["spec"]["volumes"] if "emptyDir" in volume] == ["tmp"]
 
 

@@ -126,6 +126,42 @@ class Client:
                 return
             request.page_token = page.next_page_token
 
+    async def update_session(
+        self,
+        session: Session | str,
+        *,
+        policy: str | None = None,
+        ttl: float | timedelta | None = None,
+        expire_time: datetime | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Session:
+        """Change what is given; labels are replaced all together.
+
+        After a change of the policy the next turn computes the cache anew, and its usage says so.
+        """
+        name = convert.session_name(session)
+        request = convert.update_session_request(name, policy, ttl, expire_time, labels)
+        return convert.session(await self._call(self._sessions.UpdateSession, request, timeout, name))
+
+    async def fork_session(
+        self, session: Session | str, session_id: str = "", *, timeout: float | None = None
+    ) -> Session:
+        """Copy what a session has committed into a new one; the worker draws the id if none is given."""
+        request = session_pb.ForkSessionRequest(name=convert.session_name(session), session_id=session_id)
+        return convert.session(await self._call(self._sessions.ForkSession, request, timeout, request.name))
+
+    async def rewind_session(
+        self, session: Session | str, turn_count: int, *, timeout: float | None = None
+    ) -> Session:
+        """Take a session's last turns back; its first `turn_count` stay.
+
+        The next turn computes the cache anew, and its usage says so.
+        """
+        name = convert.session_name(session)
+        request = session_pb.RewindSessionRequest(name=name, turn_count=turn_count)
+        return convert.session(await self._call(self._sessions.RewindSession, request, timeout, name))
+
     async def delete_session(self, session: Session | str, *, timeout: float | None = None) -> None:
         """Delete a session and free its memory; a turn in flight is cancelled."""
         request = session_pb.DeleteSessionRequest(name=convert.session_name(session))

@@ -84,7 +84,8 @@ class Client:
         """Run one turn and iterate over the pieces of its answer; takes what `generate` takes.
 
         The call starts with the first piece. Leaving the loop early, or `close()` on the iterator,
-        cancels it, and the session is as it was before the turn.
+        cancels it, and the session is as it was before the turn; unless `on_cancel` keeps what came, or a
+        `request_id` lets the turn run on for a while, so that the same request can go on with it.
         """
         return self._stream(convert.generate_request(messages, **options), timeout)
 
@@ -135,6 +136,42 @@ class Client:
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
+
+    def update_session(
+        self,
+        session: Session | str,
+        *,
+        policy: str | None = None,
+        ttl: float | timedelta | None = None,
+        expire_time: datetime | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Session:
+        """Change what is given; labels are replaced all together.
+
+        After a change of the policy the next turn computes the cache anew, and its usage says so.
+        """
+        name = convert.session_name(session)
+        request = convert.update_session_request(name, policy, ttl, expire_time, labels)
+        return convert.session(self._call(self._sessions.UpdateSession, request, timeout, name))
+
+    def fork_session(
+        self, session: Session | str, session_id: str = "", *, timeout: float | None = None
+    ) -> Session:
+        """Copy what a session has committed into a new one; the worker draws the id if none is given."""
+        request = session_pb.ForkSessionRequest(name=convert.session_name(session), session_id=session_id)
+        return convert.session(self._call(self._sessions.ForkSession, request, timeout, request.name))
+
+    def rewind_session(
+        self, session: Session | str, turn_count: int, *, timeout: float | None = None
+    ) -> Session:
+        """Take a session's last turns back; its first `turn_count` stay.
+
+        The next turn computes the cache anew, and its usage says so.
+        """
+        name = convert.session_name(session)
+        request = session_pb.RewindSessionRequest(name=name, turn_count=turn_count)
+        return convert.session(self._call(self._sessions.RewindSession, request, timeout, name))
 
     def delete_session(self, session: Session | str, *, timeout: float | None = None) -> None:
         """Delete a session and free its memory; a turn in flight is cancelled."""

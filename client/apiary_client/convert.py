@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from apiary.v1 import generation_pb2 as generation_pb
@@ -56,12 +57,15 @@ _REBUILD_REASONS = {
     generation_pb.Usage.REBUILD_REASON_SNAPSHOT_CORRUPT: RebuildReason.SNAPSHOT_CORRUPT,
     generation_pb.Usage.REBUILD_REASON_MODEL_CHANGED: RebuildReason.MODEL_CHANGED,
     generation_pb.Usage.REBUILD_REASON_POLICY_CHANGED: RebuildReason.POLICY_CHANGED,
+    generation_pb.Usage.REBUILD_REASON_REWOUND: RebuildReason.REWOUND,
+    generation_pb.Usage.REBUILD_REASON_RESTARTED: RebuildReason.RESTARTED,
 }
 _STATES = {
     session_pb.Session.STATE_EMPTY: State.EMPTY,
     session_pb.Session.STATE_RESIDENT: State.RESIDENT,
     session_pb.Session.STATE_PARKED: State.PARKED,
     session_pb.Session.STATE_BUSY: State.BUSY,
+    session_pb.Session.STATE_STORED: State.STORED,
 }
 
 
@@ -86,6 +90,7 @@ def generate_request(
     logprobs: int | None = None,
     priority: int = 0,
     request_id: str | None = None,
+    next_index: int = 0,
     on_cancel: OnCancel | None = None,
     when_busy: WhenBusy | None = None,
 ) -> generation_pb.GenerateRequest:
@@ -105,6 +110,7 @@ def generate_request(
         logprobs=logprobs,
         priority=priority,
         request_id=request_id or "",
+        next_index=next_index,
         on_cancel=_ON_CANCEL[on_cancel] if on_cancel else generation_pb.ON_CANCEL_UNSPECIFIED,
         when_busy=_WHEN_BUSY[when_busy] if when_busy else generation_pb.WHEN_BUSY_UNSPECIFIED,
     )
@@ -138,6 +144,37 @@ def create_session_request(
     Raises:
         ValueError: both `ttl` and `expire_time` are given, or `expire_time` has no time zone.
     """
+    settings = _session_settings(policy, ttl, expire_time, labels)
+    return session_pb.CreateSessionRequest(session_id=session_id, session=settings)
+
+
+def update_session_request(
+    name: str,
+    policy: str | None,
+    ttl: float | timedelta | None,
+    expire_time: datetime | None,
+    labels: Mapping[str, str] | None,
+) -> session_pb.UpdateSessionRequest:
+    """Build the request that changes what is not None.
+
+    Raises:
+        ValueError: as in `create_session_request`, or everything is None.
+    """
+    given = {"policy": policy, "ttl": ttl, "expire_time": expire_time, "labels": labels}
+    paths = [path for path, value in given.items() if value is not None]
+    if not paths:
+        raise ValueError(f"nothing to change: give one of {', '.join(given)}")
+    settings = _session_settings(policy, ttl, expire_time, labels)
+    settings.name = name
+    return session_pb.UpdateSessionRequest(session=settings, update_mask=FieldMask(paths=paths))
+
+
+def _session_settings(
+    policy: str | None,
+    ttl: float | timedelta | None,
+    expire_time: datetime | None,
+    labels: Mapping[str, str] | None,
+) -> session_pb.Session:
     if ttl is not None and expire_time is not None:
         raise ValueError("give ttl or expire_time, not both")
     if expire_time is not None and expire_time.tzinfo is None:
@@ -147,7 +184,7 @@ def create_session_request(
         settings.ttl.FromTimedelta(ttl if isinstance(ttl, timedelta) else timedelta(seconds=ttl))
     if expire_time is not None:
         settings.expire_time.FromDatetime(expire_time)
-    return session_pb.CreateSessionRequest(session_id=session_id, session=settings)
+    return settings
 
 
 def _exactly_one(**inputs: object) -> None:
@@ -259,6 +296,7 @@ def _usage(usage: generation_pb.Usage) -> Usage:
         decode_time=_seconds(usage.decode_time),
         seed=usage.seed,
         rebuild_reason=_REBUILD_REASONS.get(reason, RebuildReason.UNKNOWN) if reason else None,
+        durable=usage.durable,
     )
 
 

@@ -85,7 +85,10 @@ class TurnOptions(TypedDict, total=False):
     priority: int
     """Higher goes first among the requests of one tenant, -100 to 100."""
     request_id: str | None
-    """Makes the turn idempotent."""
+    """Makes a turn of a session idempotent: the same request again gets the same answer, and a turn that
+    still runs goes on for the newest call."""
+    next_index: int
+    """With a `request_id` that was used before: the number of the answer's tokens that came."""
     on_cancel: OnCancel | None
     """What a cancel leaves behind."""
     when_busy: WhenBusy | None
@@ -108,6 +111,8 @@ class RebuildReason(enum.StrEnum):
     SNAPSHOT_CORRUPT = "snapshot_corrupt"
     MODEL_CHANGED = "model_changed"
     POLICY_CHANGED = "policy_changed"
+    REWOUND = "rewound"
+    RESTARTED = "restarted"
     UNKNOWN = "unknown"
     """A reason that is newer than this client."""
 
@@ -142,6 +147,8 @@ class Usage:
     decode_time: float
     seed: int
     rebuild_reason: RebuildReason | None = None
+    durable: bool = False
+    """Whether the turn is on the worker's disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +184,7 @@ class State(enum.StrEnum):
     RESIDENT = "resident"
     PARKED = "parked"
     BUSY = "busy"
+    STORED = "stored"
     UNKNOWN = "unknown"
     """A state that is newer than this client."""
 
@@ -253,3 +261,4 @@ class Capacity:
     running_turns: int
     queued_turns: int
     queue_limit: int
+    store_degraded: bool = False

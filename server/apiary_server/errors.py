@@ -20,10 +20,6 @@ class InvalidField(ApiaryError):
         self.violations = violations
 
 
-class FieldNotImplemented(InvalidField):
-    """A field that the API has and this server cannot honour yet: refused, never ignored."""
-
-
 class MalformedMessage(ApiaryError):
     """Bytes that are not the message that the method takes."""
 

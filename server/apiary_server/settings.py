@@ -99,16 +99,20 @@ class Settings(BaseSettings):
     stream_tokens: int = Field(
         1024, ge=1, description="tokens that wait for a slow reader; then its turn pauses"
     )
+    reattach_grace: float = Field(
+        10.0, ge=0, description="a turn with a request id goes on for this long without its reader"
+    )
     step_limit: float = Field(120.0, gt=0, description="a step that hangs this long ends the process")
     session_ttl: float = Field(
         86_400.0, gt=0, le=100 * 365 * 86_400, description="sessions end this long after their last turn"
     )
     drain_grace: float = Field(20.0, ge=0, description="time for running turns after SIGTERM")
 
-    # what comes later is refused, not ignored
-    state_dir: Path | None = None
-    durability: Literal["turn", "idle", "off"] = "off"
+    # what outlives the process
+    state_dir: Path | None = Field(None, description="sessions are stored there; without it they are not")
+    durability: Literal["turn", "idle", "off"] = "turn"
     snapshot_key_file: Path | None = None
+    store_patience: float = Field(2.0, gt=0, description="how long an answer's end waits for a slow store")
 
     # network and telemetry
     insecure: bool = Field(False, description="allow plaintext on an address that others can reach")
@@ -130,13 +134,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _together(self) -> Settings:
-        for name, off in (
-            ("state_dir", None),
-            ("snapshot_key_file", None),
-            ("durability", "off"),
-        ):
-            if getattr(self, name) != off:
-                raise ValueError(f"{name} is not implemented yet: leave it at {off or 'unset'}")
+        if self.snapshot_key_file is not None or self.durability == "idle":
+            name = "durability=idle" if self.snapshot_key_file is None else "snapshot_key_file"
+            raise ValueError(f"{name} is not implemented yet: leave it unset")
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             raise ValueError("tls_cert_file and tls_key_file go together")
         if not _loopback(self.listen.rpartition(":")[0]) and not self.insecure and self.tls_cert_file is None:

@@ -53,6 +53,7 @@ _GAUGES = (
     ("parked_sessions", "apiary.sessions.parked", "{session}", "Sessions in host memory."),
     ("running_turns", "apiary.turns.running", "{turn}", "Turns in flight."),
     ("queued_turns", "apiary.turns.queued", "{turn}", "Turns that wait: the queue's depth."),
+    ("store_degraded", "apiary.store.degraded", "1", "1 while turns that end are not durable."),
 )
 
 
@@ -118,7 +119,7 @@ class Telemetry(Observer):
         for name, instrument, unit, description in _GAUGES:
 
             def read(_: CallbackOptions, name: str = name) -> Iterable[Observation]:
-                yield Observation(getattr(capacity(), name))
+                yield Observation(int(getattr(capacity(), name)))
 
             self._meter.create_observable_gauge(instrument, [read], unit, description)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import structlog
 import torch
 
 from apiary_server.engine.door import Door
@@ -13,14 +16,19 @@ from apiary_server.errors import InvalidField
 from apiary_server.model.catalog import resolve
 from apiary_server.model.loader import LoadedModel, load
 from apiary_server.model.runner import Runner
+from apiary_server.sessions.journal import Journal
 from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.parking import parking_of
 from apiary_server.sessions.pool import Pool, SlotLayout
 from apiary_server.sessions.residency import Residency
+from apiary_server.sessions.sqlite import SqliteStore
 from apiary_server.settings import Settings
 from apiary_server.threads import apart
 from buzz import Policy, PolicyError, parse
 from buzz.quant import GROUP
+
+_log = structlog.get_logger(__name__)
+_POLICIES = 256  # that are kept at hand
 
 
 class Layouts:
@@ -35,6 +43,7 @@ class Layouts:
         self.workspace_entries = min(settings.workspace_entries, self._max_positions)
         self.pool: Pool | None = None
         self._reserve = settings.reserve_slots
+        self._resolved = functools.lru_cache(_POLICIES)(self._resolve)  # sessions share them
 
     def __call__(self, spec: str | None) -> tuple[Policy, SlotLayout]:
         """The policy of a spec (None: the default) and its slots.
@@ -42,8 +51,22 @@ class Layouts:
         Raises:
             InvalidField: `policy` is malformed, or too large for the model, the workspace or the budget.
         """
+        policy, layout = self._resolved(self._default if spec is None else spec)
+        if self.pool is not None and self.pool.places(layout) <= self._reserve:
+            raise InvalidField(
+                [
+                    (
+                        "policy",
+                        f"{policy} needs {self._reserve + 1} slots of {layout.bytes:,} bytes, and the cache "
+                        f"budget leaves {self.pool.arena_bytes:,} for slots",
+                    )
+                ]
+            )
+        return policy, layout
+
+    def _resolve(self, spec: str) -> tuple[Policy, SlotLayout]:
         try:
-            policy = parse(self._default if spec is None else spec).resolve(self._max_positions)
+            policy = parse(spec).resolve(self._max_positions)
         except PolicyError as error:
             raise InvalidField([("policy", str(error))]) from error
         if policy.kivi is not None and self._geometry.head_dim % GROUP:
@@ -66,18 +89,7 @@ class Layouts:
                     )
                 ]
             )
-        layout = SlotLayout.of(self._geometry, policy, self._slack)
-        if self.pool is not None and self.pool.places(layout) <= self._reserve:
-            raise InvalidField(
-                [
-                    (
-                        "policy",
-                        f"{policy} needs {self._reserve + 1} slots of {layout.bytes:,} bytes, and the cache "
-                        f"budget leaves {self.pool.arena_bytes:,} for slots",
-                    )
-                ]
-            )
-        return policy, layout
+        return policy, SlotLayout.of(self._geometry, policy, self._slack)
 
 
 def build(settings: Settings, observer: Observer | None = None) -> Engine:
@@ -112,6 +124,7 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
     Raises:
         InvalidField: the default policy is malformed or does not fit.
         ValueError: the cache budget is too small, or more than there is.
+        StoreError: the state directory cannot be used.
     """
     device = loaded.backend.device
     layouts = Layouts(loaded, settings)
@@ -133,6 +146,7 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
     layouts(None)  # the default policy must fit the budget, too
     model = _info(settings, loaded, policy)
     sessions = SessionManager(layouts, settings.session_ttl, settings.max_sessions)
+    journal = _journal(settings, loaded, sessions)
     parking = parking_of(device, settings.parked_budget)
     residency = Residency(pool, settings.reserve_slots, settings.parked_budget, parking)
     scheduler = Scheduler(
@@ -146,10 +160,30 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
         model=model,
         door=Door(model, loaded.tokenizer, sessions, residency, loaded.rotary, scheduler),
         scheduler=scheduler,
-        loop=Loop(Runner(loaded.backend), scheduler, sessions, residency, observer or Observer()),
+        loop=Loop(
+            Runner(loaded.backend),
+            scheduler,
+            sessions,
+            residency,
+            observer or Observer(),
+            settings.reattach_grace,
+            journal,
+        ),
         sessions=sessions,
         step_limit=settings.step_limit,
+        journal=journal,
     )
+
+
+def _journal(settings: Settings, loaded: LoadedModel, sessions: SessionManager) -> Journal | None:
+    """Take up the sessions of the state directory, and store them from now on."""
+    if settings.state_dir is None or settings.durability == "off":
+        return None
+    store = SqliteStore(settings.state_dir, loaded.tokenizer.digest)
+    for stored in store.load():
+        sessions.restore(stored)
+    _log.info("sessions taken up", count=len(sessions), directory=str(settings.state_dir))
+    return Journal(sessions, store, settings.store_patience)
 
 
 def _device(name: str) -> torch.device:

@@ -200,6 +200,26 @@ class FakeWorker(GenerationServiceServicer, SessionServiceServicer, ModelService
             next_page_token=str(start + size) if more else "",
         )
 
+    def UpdateSession(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self._note(request, context)
+        session = self._find(request.session.name, context)
+        request.update_mask.MergeMessage(request.session, session, True, True)
+        return session
+
+    def ForkSession(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self._note(request, context)
+        forked = session_pb2.Session()
+        forked.CopyFrom(self._find(request.name, context))
+        forked.name = f"sessions/{request.session_id or 'drawn'}"
+        self.sessions[forked.name] = forked
+        return forked
+
+    def RewindSession(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self._note(request, context)
+        session = self._find(request.name, context)
+        session.turn_count = request.turn_count
+        return session
+
     def DeleteSession(self, request: Any, context: grpc.ServicerContext) -> Any:
         self._note(request, context)
         self._find(request.name, context)

@@ -26,6 +26,9 @@ async def test_a_conversation(aclient: aio.Client) -> None:
         assert [delta.finish_reason for delta in deltas] == [None] * 4 + [FinishReason.STOP]
     assert (await aclient.get_session(session)).turn_count == 2
     assert (await aclient.generate("so?", session="work")).text == "turn 3: so?"
+    assert (await aclient.update_session(session, policy="buzz")).policy == "buzz"
+    assert (await aclient.rewind_session(session, 1)).turn_count == 1
+    assert (await aclient.fork_session(session, "again")).name == "sessions/again"
     await aclient.delete_session(session)
     with pytest.raises(SessionNotFound):
         await aclient.get_session(session)

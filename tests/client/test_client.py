@@ -44,6 +44,22 @@ def test_turns_of_a_session_stream(client: Client) -> None:
         client.get_session("work")
 
 
+def test_sessions_are_changed_and_forked(client: Client, worker: FakeWorker) -> None:
+    client.create_session("work", policy="full", labels={"a": "b"})
+    changed = client.update_session("work", policy="buzz", ttl=90, labels={"c": "d"})
+    assert (changed.policy, dict(changed.labels)) == ("buzz", {"c": "d"})
+    assert list(worker.requests[-1].update_mask.paths) == ["policy", "ttl", "labels"]
+    assert dict(client.update_session("work", labels={}).labels) == {}
+    with pytest.raises(ValueError, match="nothing to change"):
+        client.update_session("work")
+    assert client.rewind_session("work", 3).turn_count == 3
+    forked = client.fork_session("work", "again")
+    assert (forked.name, forked.policy) == ("sessions/again", "buzz")
+    assert client.fork_session(forked).name == "sessions/drawn"
+    with pytest.raises(SessionNotFound):
+        client.fork_session("nobody")
+
+
 def test_text_and_token_ids_are_inputs_too(client: Client, worker: FakeWorker) -> None:
     assert client.generate(text="once").text == "turn 1: once"
     assert client.generate(token_ids=[1, 2]).text == "turn 1: [1, 2]"

@@ -186,3 +186,12 @@ def test_values_newer_than_this_client_are_unknown() -> None:
 def test_a_stop_string_is_not_its_letters() -> None:
     assert convert._stopping(Stopping(stop="END")).stop == ["END"]
     assert convert._stopping(Stopping(stop=["a", "b"])).stop == ["a", "b"]
+
+
+def test_every_value_of_the_api_has_a_name_here() -> None:
+    for kind, names in (
+        (session_pb2.Session.State, convert._STATES),
+        (generation_pb2.Usage.RebuildReason, convert._REBUILD_REASONS),
+        (generation_pb2.FinishReason, convert._FINISH_REASONS),
+    ):
+        assert names.keys() == set(kind.values()) - {0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -46,9 +47,9 @@ class Reader(TokenStream):
         if self.reads:
             self.read()
 
-    def read(self) -> None:
-        """Take what waits."""
-        self._taken = self._sent
+    def read(self, tokens: int | None = None) -> None:
+        """Take what waits, or so many tokens of it."""
+        self._taken = self._sent if tokens is None else self._taken + tokens
 
     @property
     def ended(self) -> bool:
@@ -146,7 +147,7 @@ def state(record: Session) -> dict[str, object]:
     """Everything that a turn may change, copied: compare with `same`."""
     copied: dict[str, object] = {
         "transcript": record.transcript.tolist(),
-        "turns": list(record.turns),
+        "turns": [dataclasses.replace(turn, seed=0) for turn in record.turns],  # drawn, if not given
         "busy": record.busy,
         "update_time": record.update_time,
     }

@@ -7,6 +7,7 @@ seconds apart. The policy `break` makes the engine lose its health.
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Future
 
 from apiary_server import main
 from apiary_server.engine.delivery import TokenStream
@@ -19,12 +20,12 @@ from tests.server.rpc.fake_engine import FakeEngine
 class Breakable(FakeEngine):
     """An engine that breaks when it is told to."""
 
-    def open(self, request: TurnRequest, stream: TokenStream, place: Place) -> None:
+    def open(self, request: TurnRequest, stream: TokenStream, place: Place) -> Future[None]:
         """As ever, or break."""
         if request.policy == "break" and self.on_unhealthy is not None:
             self.healthy = False
             self.on_unhealthy()
-        super().open(request, stream, place)
+        return super().open(request, stream, place)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_logs_hold_no_prompts(worker: Worker, client: Client) -> None:
         ({"text": MARKER, "policy": "full(bound=16)"}, errors.ContextFull),
         ({"text": f"{MARKER} " * 8000}, errors.InvalidField),  # longer than a turn may be
         ({"messages": MARKER, "stopping": tokens(30_000), "timeout": 0.2}, errors.DeadlineExceeded),
-        ({"text": MARKER, "request_id": MARKER}, errors.FieldNotImplemented),
+        ({"text": MARKER, "request_id": MARKER}, errors.InvalidField),
     )
     for arguments, kind in failing:
         with pytest.raises(kind) as caught:

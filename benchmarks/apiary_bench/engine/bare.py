@@ -65,7 +65,7 @@ class Bare:
 
     def delete(self, sessions: Sequence[str]) -> None:
         """Delete sessions, and wait until their memory is free."""
-        for done in [self.engine.delete_session(_TENANT, session) for session in sessions]:
+        for done in [self.engine.keeper.delete(_TENANT, session) for session in sessions]:
             done.result()
 
     def those(self, sessions: Sequence[str], state: State) -> list[str]:

@@ -102,3 +102,5 @@ def explained(target: str) -> Iterator[None]:
         console.fail(console.explain(error, target))
     except UnicodeError:
         console.fail("the text is not valid UTF-8")
+    except (ValueError, OverflowError) as error:
+        console.fail(f"a number that no request can carry: {error}")

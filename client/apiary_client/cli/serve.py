@@ -120,15 +120,32 @@ def serve(
         str | None,
         _flag(_SCHEDULING, "N", "1024", "Tokens that wait for a slow reader; then it pauses."),
     ] = None,
+    reattach_grace: Annotated[
+        str | None,
+        _flag(
+            _SCHEDULING, "SECONDS", "10", "Run a turn with a request id on for so long without its reader."
+        ),
+    ] = None,
     step_limit: Annotated[
         str | None, _flag(_SCHEDULING, "SECONDS", "120", "A step that hangs this long ends the worker.")
     ] = None,
     drain_grace: Annotated[
         str | None, _flag(_SCHEDULING, "SECONDS", "20", "Time for running turns after SIGTERM.")
     ] = None,
-    state_dir: Annotated[str | None, _flag(_STATE, "DIR", "", "Where sessions are stored.")] = None,
+    state_dir: Annotated[
+        str | None,
+        _flag(
+            _STATE, "DIR", "", "Store sessions there, and take up those that are there; without it they end."
+        ),
+    ] = None,
     durability: Annotated[
-        str | None, _flag(_STATE, "turn|idle|off", "off", "When a session's state reaches the disk.")
+        str | None,
+        _flag(
+            _STATE, "turn|idle|off", "turn", "An answer's end waits until the turn is on disk; or nothing is."
+        ),
+    ] = None,
+    store_patience: Annotated[
+        str | None, _flag(_STATE, "SECONDS", "2", "How long an answer's end waits for a disk that hangs.")
     ] = None,
     snapshot_key_file: Annotated[str | None, _flag(_STATE, "FILE", "", "Key that signs snapshots.")] = None,
     otlp_endpoint: Annotated[

@@ -1,4 +1,4 @@
-"""`apiary sessions`: look at conversations and delete them."""
+"""`apiary sessions`: look at conversations; change, copy, rewind and delete them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from apiary_client.cli import console
 from apiary_client.cli.options import DEFAULT_TARGET, Json, Target, Tenant, Tls, TlsRootFile, connect
 from apiary_client.types import Session
 
-app = typer.Typer(no_args_is_help=True, help="Look at sessions and delete them.")
+app = typer.Typer(no_args_is_help=True, help="Look at sessions; change, copy, rewind and delete them.")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The session's id, with or without `sessions/`.")]
 
@@ -68,10 +68,88 @@ def show(
     """Show one session."""
     with connect(target, tenant, tls, tls_root_file) as client:
         session = client.get_session(name)
-    if json:
-        console.write(console.json_text(session) + "\n")
-    else:
-        console.table(details(session))
+    _print(session, json)
+
+
+@app.command(
+    epilog=console.examples(
+        "apiary sessions update work --ttl 604800 --label team=bees",
+        "apiary sessions update work --policy 'buzz2(kivi=4)'",
+    )
+)
+def update(
+    name: Name,
+    policy: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Another cache policy; the next turn computes the cache anew."),
+    ] = None,
+    ttl: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Let it end so long after its last turn; more than 0."),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Its labels, in place of those that it has; several times."),
+    ] = None,
+    json: Json = False,
+    target: Target = DEFAULT_TARGET,
+    tenant: Tenant = None,
+    tls: Tls = False,
+    tls_root_file: TlsRootFile = None,
+) -> None:
+    """Change a session's settings; what is not given stays."""
+    labels = None if label is None else dict(_pair(text) for text in label)
+    if policy is None and ttl is None and labels is None:
+        raise typer.BadParameter("give --policy, --ttl or --label", param_hint="apiary sessions update")
+    with connect(target, tenant, tls, tls_root_file) as client:
+        session = client.update_session(name, policy=policy, ttl=ttl, labels=labels)
+    _print(session, json)
+
+
+@app.command(epilog=console.examples("apiary sessions fork work", "apiary sessions fork work second-try"))
+def fork(
+    name: Name,
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The new session's id; drawn if left out.")] = "",
+    json: Json = False,
+    target: Target = DEFAULT_TARGET,
+    tenant: Tenant = None,
+    tls: Tls = False,
+    tls_root_file: TlsRootFile = None,
+) -> None:
+    """Copy a session: both go on from here, each on its own."""
+    with connect(target, tenant, tls, tls_root_file) as client:
+        session = client.fork_session(name, new)
+    _print(session, json)
+
+
+@app.command(
+    epilog=console.examples("apiary sessions rewind work --back 1", "apiary sessions rewind work --keep 3")
+)
+def rewind(
+    name: Name,
+    keep: Annotated[
+        int | None, typer.Option(metavar="TURNS", min=0, help="How many of its first turns to keep.")
+    ] = None,
+    back: Annotated[
+        int | None, typer.Option(metavar="TURNS", min=1, help="How many of its last turns to take back.")
+    ] = None,
+    json: Json = False,
+    target: Target = DEFAULT_TARGET,
+    tenant: Tenant = None,
+    tls: Tls = False,
+    tls_root_file: TlsRootFile = None,
+) -> None:
+    """Take a session's last turns back; the next turn computes its cache anew."""
+    if (keep is None) == (back is None):
+        raise typer.BadParameter("give one of --keep and --back", param_hint="apiary sessions rewind")
+    with connect(target, tenant, tls, tls_root_file) as client:
+        if keep is None:
+            turns = client.get_session(name).turn_count
+            keep = turns - (back or 0)
+            if keep < 0:
+                console.fail(f"{name} has {turns} turns: --back is at most that")
+        session = client.rewind_session(name, keep)
+    _print(session, json)
 
 
 @app.command(epilog=console.examples("apiary sessions delete work"))
@@ -87,6 +165,20 @@ def delete(
         for name in names:
             client.delete_session(name)
             console.note(f"deleted {name}")
+
+
+def _print(session: Session, json: bool) -> None:
+    if json:
+        console.write(console.json_text(session) + "\n")
+    else:
+        console.table(details(session))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not (key and separator):
+        raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--label")
+    return key, value
 
 
 def details(session: Session) -> Table:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61piary/v1/generation.proto\x12\tapiary.v1\x1a\x1egoogle/protobuf/duration.proto\"\x9b\x01\n\x0b\x43hatMessage\x12)\n\x04role\x18\x01 \x01(\x0e\x32\x1b.apiary.v1.ChatMessage.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.apiary.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb6\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x36\n\nlogit_bias\x18\x08 \x03(\x0b\x32\".apiary.v1.Sampling.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x80\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"\x8a\x03\n\x0fGenerateRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x01(\x0b\x32\x17.apiary.v1.ChatMessagesH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.apiary.v1.TokenIdsH\x00\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.apiary.v1.Sampling\x12%\n\x08stopping\x18\x06 \x01(\x0b\x32\x13.apiary.v1.Stopping\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12&\n\ton_cancel\x18\x08 \x01(\x0e\x32\x13.apiary.v1.OnCancel\x12&\n\twhen_busy\x18\t \x01(\x0e\x32\x13.apiary.v1.WhenBusy\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06policy\x18\x0c \x01(\tB\x07\n\x05inputB\x0b\n\t_logprobs\"U\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\"\n\x03top\x18\x03 \x03(\x0b\x32\x15.apiary.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xdb\x03\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x65victed_entries\x18\x04 \x01(\r\x12-\n\nqueue_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cprefill_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x64\x65\x63ode_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x0erebuild_reason\x18\x08 \x01(\x0e\x32\x1e.apiary.v1.Usage.RebuildReason\x12\x0c\n\x04seed\x18\t \x01(\x04\"\x99\x01\n\rRebuildReason\x12\x1e\n\x1aREBUILD_REASON_UNSPECIFIED\x10\x00\x12#\n\x1fREBUILD_REASON_SNAPSHOT_CORRUPT\x10\x01\x12 \n\x1cREBUILD_REASON_MODEL_CHANGED\x10\x02\x12!\n\x1dREBUILD_REASON_POLICY_CHANGED\x10\x03\"\xaf\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.apiary.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.apiary.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.apiary.v1.Usage\"\xc4\x01\n\x16StreamGenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.apiary.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.apiary.v1.FinishReason\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x10.apiary.v1.Usage\"W\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\x08messages\x18\x02 \x01(\x0b\x32\x17.apiary.v1.ChatMessagesH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*P\n\x08OnCancel\x12\x19\n\x15ON_CANCEL_UNSPECIFIED\x10\x00\x12\x15\n\x11ON_CANCEL_DISCARD\x10\x01\x12\x12\n\x0eON_CANCEL_KEEP\x10\x02*O\n\x08WhenBusy\x12\x19\n\x15WHEN_BUSY_UNSPECIFIED\x10\x00\x12\x14\n\x10WHEN_BUSY_REJECT\x10\x01\x12\x12\n\x0eWHEN_BUSY_WAIT\x10\x02*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xbb\x02\n\x11GenerationService\x12\x43\n\x08Generate\x12\x1a.apiary.v1.GenerateRequest\x1a\x1b.apiary.v1.GenerateResponse\x12Q\n\x0eStreamGenerate\x12\x1a.apiary.v1.GenerateRequest\x1a!.apiary.v1.StreamGenerateResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.apiary.v1.TokenizeRequest\x1a\x1b.apiary.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.apiary.v1.DetokenizeRequest\x1a\x1d.apiary.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61piary/v1/generation.proto\x12\tapiary.v1\x1a\x1egoogle/protobuf/duration.proto\"\x9b\x01\n\x0b\x43hatMessage\x12)\n\x04role\x18\x01 \x01(\x0e\x32\x1b.apiary.v1.ChatMessage.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.apiary.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb6\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x36\n\nlogit_bias\x18\x08 \x03(\x0b\x32\".apiary.v1.Sampling.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x80\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"\x9e\x03\n\x0fGenerateRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x01(\x0b\x32\x17.apiary.v1.ChatMessagesH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.apiary.v1.TokenIdsH\x00\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.apiary.v1.Sampling\x12%\n\x08stopping\x18\x06 \x01(\x0b\x32\x13.apiary.v1.Stopping\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12&\n\ton_cancel\x18\x08 \x01(\x0e\x32\x13.apiary.v1.OnCancel\x12&\n\twhen_busy\x18\t \x01(\x0e\x32\x13.apiary.v1.WhenBusy\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06policy\x18\x0c \x01(\t\x12\x12\n\nnext_index\x18\r \x01(\rB\x07\n\x05inputB\x0b\n\t_logprobs\"U\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\"\n\x03top\x18\x03 \x03(\x0b\x32\x15.apiary.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xa6\x04\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x65victed_entries\x18\x04 \x01(\r\x12-\n\nqueue_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cprefill_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x64\x65\x63ode_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x0erebuild_reason\x18\x08 \x01(\x0e\x32\x1e.apiary.v1.Usage.RebuildReason\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x0f\n\x07\x64urable\x18\n \x01(\x08\"\xd3\x01\n\rRebuildReason\x12\x1e\n\x1aREBUILD_REASON_UNSPECIFIED\x10\x00\x12#\n\x1fREBUILD_REASON_SNAPSHOT_CORRUPT\x10\x01\x12 \n\x1cREBUILD_REASON_MODEL_CHANGED\x10\x02\x12!\n\x1dREBUILD_REASON_POLICY_CHANGED\x10\x03\x12\x1a\n\x16REBUILD_REASON_REWOUND\x10\x04\x12\x1c\n\x18REBUILD_REASON_RESTARTED\x10\x05\"\xaf\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.apiary.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.apiary.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.apiary.v1.Usage\"\xc4\x01\n\x16StreamGenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.apiary.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.apiary.v1.FinishReason\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x10.apiary.v1.Usage\"W\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\x08messages\x18\x02 \x01(\x0b\x32\x17.apiary.v1.ChatMessagesH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*P\n\x08OnCancel\x12\x19\n\x15ON_CANCEL_UNSPECIFIED\x10\x00\x12\x15\n\x11ON_CANCEL_DISCARD\x10\x01\x12\x12\n\x0eON_CANCEL_KEEP\x10\x02*O\n\x08WhenBusy\x12\x19\n\x15WHEN_BUSY_UNSPECIFIED\x10\x00\x12\x14\n\x10WHEN_BUSY_REJECT\x10\x01\x12\x12\n\x0eWHEN_BUSY_WAIT\x10\x02*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xbb\x02\n\x11GenerationService\x12\x43\n\x08Generate\x12\x1a.apiary.v1.GenerateRequest\x1a\x1b.apiary.v1.GenerateResponse\x12Q\n\x0eStreamGenerate\x12\x1a.apiary.v1.GenerateRequest\x1a!.apiary.v1.StreamGenerateResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.apiary.v1.TokenizeRequest\x1a\x1b.apiary.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.apiary.v1.DetokenizeRequest\x1a\x1d.apiary.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,12 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_ONCANCEL']._serialized_start=2478
-  _globals['_ONCANCEL']._serialized_end=2558
-  _globals['_WHENBUSY']._serialized_start=2560
-  _globals['_WHENBUSY']._serialized_end=2639
-  _globals['_FINISHREASON']._serialized_start=2641
-  _globals['_FINISHREASON']._serialized_end=2765
+  _globals['_ONCANCEL']._serialized_start=2573
+  _globals['_ONCANCEL']._serialized_end=2653
+  _globals['_WHENBUSY']._serialized_start=2655
+  _globals['_WHENBUSY']._serialized_end=2734
+  _globals['_FINISHREASON']._serialized_start=2736
+  _globals['_FINISHREASON']._serialized_end=2860
   _globals['_CHATMESSAGE']._serialized_start=74
   _globals['_CHATMESSAGE']._serialized_end=229
   _globals['_CHATMESSAGE_ROLE']._serialized_start=149
@@ -55,27 +55,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STOPPING']._serialized_start=756
   _globals['_STOPPING']._serialized_end=884
   _globals['_GENERATEREQUEST']._serialized_start=887
-  _globals['_GENERATEREQUEST']._serialized_end=1281
-  _globals['_TOKENLOGPROB']._serialized_start=1283
-  _globals['_TOKENLOGPROB']._serialized_end=1368
-  _globals['_TOPLOGPROB']._serialized_start=1370
-  _globals['_TOPLOGPROB']._serialized_end=1417
-  _globals['_USAGE']._serialized_start=1420
-  _globals['_USAGE']._serialized_end=1895
-  _globals['_USAGE_REBUILDREASON']._serialized_start=1742
-  _globals['_USAGE_REBUILDREASON']._serialized_end=1895
-  _globals['_GENERATERESPONSE']._serialized_start=1898
-  _globals['_GENERATERESPONSE']._serialized_end=2073
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=2076
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=2272
-  _globals['_TOKENIZEREQUEST']._serialized_start=2274
-  _globals['_TOKENIZEREQUEST']._serialized_end=2361
-  _globals['_TOKENIZERESPONSE']._serialized_start=2363
-  _globals['_TOKENIZERESPONSE']._serialized_end=2400
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2402
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2440
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2442
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2476
-  _globals['_GENERATIONSERVICE']._serialized_start=2768
-  _globals['_GENERATIONSERVICE']._serialized_end=3083
+  _globals['_GENERATEREQUEST']._serialized_end=1301
+  _globals['_TOKENLOGPROB']._serialized_start=1303
+  _globals['_TOKENLOGPROB']._serialized_end=1388
+  _globals['_TOPLOGPROB']._serialized_start=1390
+  _globals['_TOPLOGPROB']._serialized_end=1437
+  _globals['_USAGE']._serialized_start=1440
+  _globals['_USAGE']._serialized_end=1990
+  _globals['_USAGE_REBUILDREASON']._serialized_start=1779
+  _globals['_USAGE_REBUILDREASON']._serialized_end=1990
+  _globals['_GENERATERESPONSE']._serialized_start=1993
+  _globals['_GENERATERESPONSE']._serialized_end=2168
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=2171
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=2367
+  _globals['_TOKENIZEREQUEST']._serialized_start=2369
+  _globals['_TOKENIZEREQUEST']._serialized_end=2456
+  _globals['_TOKENIZERESPONSE']._serialized_start=2458
+  _globals['_TOKENIZERESPONSE']._serialized_end=2495
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2497
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2535
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2537
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2571
+  _globals['_GENERATIONSERVICE']._serialized_start=2863
+  _globals['_GENERATIONSERVICE']._serialized_end=3178
 # @@protoc_insertion_point(module_scope)

@@ -31,7 +31,9 @@ class _OnCancelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnCancel.Val
     ON_CANCEL_DISCARD: _OnCancel.ValueType  # 1
     """The session is as it was before the turn."""
     ON_CANCEL_KEEP: _OnCancel.ValueType  # 2
-    """What was delivered becomes the answer. Not implemented yet."""
+    """What was delivered becomes the answer: the tokens that the server had handed to its transport.
+    Where there are none, as always with `Generate`, the session is as it was before the turn.
+    """
 
 class OnCancel(_OnCancel, metaclass=_OnCancelEnumTypeWrapper):
     """What a cancelled turn leaves behind."""
@@ -41,7 +43,9 @@ ON_CANCEL_UNSPECIFIED: OnCancel.ValueType  # 0
 ON_CANCEL_DISCARD: OnCancel.ValueType  # 1
 """The session is as it was before the turn."""
 ON_CANCEL_KEEP: OnCancel.ValueType  # 2
-"""What was delivered becomes the answer. Not implemented yet."""
+"""What was delivered becomes the answer: the tokens that the server had handed to its transport.
+Where there are none, as always with `Generate`, the session is as it was before the turn.
+"""
 Global___OnCancel: _TypeAlias = OnCancel  # noqa: Y015
 
 class _WhenBusy:
@@ -55,7 +59,7 @@ class _WhenBusyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WhenBusy.Val
     WHEN_BUSY_REJECT: _WhenBusy.ValueType  # 1
     """FAILED_PRECONDITION at once."""
     WHEN_BUSY_WAIT: _WhenBusy.ValueType  # 2
-    """Wait for the other turn. Not implemented yet."""
+    """Wait for the other turn, in the order of arrival and for as long as the call's deadline allows."""
 
 class WhenBusy(_WhenBusy, metaclass=_WhenBusyEnumTypeWrapper):
     """What happens when the session already has a turn in flight."""
@@ -65,7 +69,7 @@ WHEN_BUSY_UNSPECIFIED: WhenBusy.ValueType  # 0
 WHEN_BUSY_REJECT: WhenBusy.ValueType  # 1
 """FAILED_PRECONDITION at once."""
 WHEN_BUSY_WAIT: WhenBusy.ValueType  # 2
-"""Wait for the other turn. Not implemented yet."""
+"""Wait for the other turn, in the order of arrival and for as long as the call's deadline allows."""
 Global___WhenBusy: _TypeAlias = WhenBusy  # noqa: Y015
 
 class _FinishReason:
@@ -359,12 +363,18 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    NEXT_INDEX_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """`sessions/{id}`; empty for a one-shot request that leaves nothing behind."""
     text: _builtins.str
     """Plain text, tokenised without a template."""
     request_id: _builtins.str
-    """Makes a turn idempotent. Not implemented yet."""
+    """Makes a turn of a session idempotent: at most 128 characters, drawn by the client. The same request
+    again gets the same answer without computing, for as long as the session has that turn (but no
+    `logprobs` of what was answered before). If the turn is still running, it goes on by the newest call:
+    without a reader it does so for the server's `--reattach-grace`, unless another turn of the session
+    comes; then it is cancelled.
+    """
     on_cancel: Global___OnCancel.ValueType
     """What a cancel leaves behind."""
     when_busy: Global___WhenBusy.ValueType
@@ -378,6 +388,10 @@ class GenerateRequest(_message.Message):
     policy: _builtins.str
     """Cache policy of a one-shot request, e.g. `buzz(window=300)`; default the server's.
     A session has its own: naming both is an error.
+    """
+    next_index: _builtins.int
+    """The place in the answer from which on to send it, with a `request_id` that was used before: the
+    number of tokens that came. An answer that has to be computed anew begins at 0.
     """
     @_builtins.property
     def messages(self) -> Global___ChatMessages:
@@ -410,10 +424,11 @@ class GenerateRequest(_message.Message):
         priority: _builtins.int = ...,
         logprobs: _builtins.int | None = ...,
         policy: _builtins.str = ...,
+        next_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "messages", b"messages", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "messages", b"messages", "on_cancel", b"on_cancel", "policy", b"policy", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "session", b"session", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "when_busy", b"when_busy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "messages", b"messages", "next_index", b"next_index", "on_cancel", b"on_cancel", "policy", b"policy", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "session", b"session", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "when_busy", b"when_busy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -499,6 +514,9 @@ class Usage(_message.Message):
         REBUILD_REASON_SNAPSHOT_CORRUPT: Usage._RebuildReason.ValueType  # 1
         REBUILD_REASON_MODEL_CHANGED: Usage._RebuildReason.ValueType  # 2
         REBUILD_REASON_POLICY_CHANGED: Usage._RebuildReason.ValueType  # 3
+        REBUILD_REASON_REWOUND: Usage._RebuildReason.ValueType  # 4
+        REBUILD_REASON_RESTARTED: Usage._RebuildReason.ValueType  # 5
+        """The worker started again, and had the transcript alone."""
 
     class RebuildReason(_RebuildReason, metaclass=_RebuildReasonEnumTypeWrapper):
         """Why a session's cache was rebuilt from its transcript."""
@@ -508,6 +526,9 @@ class Usage(_message.Message):
     REBUILD_REASON_SNAPSHOT_CORRUPT: Usage.RebuildReason.ValueType  # 1
     REBUILD_REASON_MODEL_CHANGED: Usage.RebuildReason.ValueType  # 2
     REBUILD_REASON_POLICY_CHANGED: Usage.RebuildReason.ValueType  # 3
+    REBUILD_REASON_REWOUND: Usage.RebuildReason.ValueType  # 4
+    REBUILD_REASON_RESTARTED: Usage.RebuildReason.ValueType  # 5
+    """The worker started again, and had the transcript alone."""
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
@@ -518,6 +539,7 @@ class Usage(_message.Message):
     DECODE_TIME_FIELD_NUMBER: _builtins.int
     REBUILD_REASON_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    DURABLE_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of this turn's input, template included."""
     cached_tokens: _builtins.int
@@ -530,6 +552,8 @@ class Usage(_message.Message):
     """Unspecified unless the cache had to be rebuilt."""
     seed: _builtins.int
     """The seed that was used."""
+    durable: _builtins.bool
+    """The turn is on disk, and outlives the worker. False without `--state-dir`, and while its store fails."""
     @_builtins.property
     def queue_time(self) -> _duration_pb2.Duration:
         """From arrival to the first step."""
@@ -554,10 +578,11 @@ class Usage(_message.Message):
         decode_time: _duration_pb2.Duration | None = ...,
         rebuild_reason: Global___Usage.RebuildReason.ValueType = ...,
         seed: _builtins.int = ...,
+        durable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode_time", b"decode_time", "prefill_time", b"prefill_time", "queue_time", b"queue_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "decode_time", b"decode_time", "evicted_entries", b"evicted_entries", "prefill_time", b"prefill_time", "prompt_tokens", b"prompt_tokens", "queue_time", b"queue_time", "rebuild_reason", b"rebuild_reason", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "decode_time", b"decode_time", "durable", b"durable", "evicted_entries", b"evicted_entries", "prefill_time", b"prefill_time", "prompt_tokens", b"prompt_tokens", "queue_time", b"queue_time", "rebuild_reason", b"rebuild_reason", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -156,6 +156,7 @@ class Capacity(_message.Message):
     RUNNING_TURNS_FIELD_NUMBER: _builtins.int
     QUEUED_TURNS_FIELD_NUMBER: _builtins.int
     QUEUE_LIMIT_FIELD_NUMBER: _builtins.int
+    STORE_DEGRADED_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """The whole cache budget."""
     used_bytes: _builtins.int
@@ -183,6 +184,8 @@ class Capacity(_message.Message):
     """Turns in flight, and waiting."""
     queued_turns: _builtins.int
     queue_limit: _builtins.int
+    store_degraded: _builtins.bool
+    """The store of `--state-dir` fails or hangs: turns that end now are not durable. It is tried again by itself."""
     def __init__(
         self,
         *,
@@ -202,10 +205,11 @@ class Capacity(_message.Message):
         running_turns: _builtins.int = ...,
         queued_turns: _builtins.int = ...,
         queue_limit: _builtins.int = ...,
+        store_degraded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "max_resident_sessions", b"max_resident_sessions", "parked_budget_bytes", b"parked_budget_bytes", "parked_bytes", b"parked_bytes", "parked_sessions", b"parked_sessions", "peak_bytes", b"peak_bytes", "queue_limit", b"queue_limit", "queued_turns", b"queued_turns", "reserve_slots", b"reserve_slots", "resident_sessions", b"resident_sessions", "running_turns", b"running_turns", "sessions", b"sessions", "slot_bytes", b"slot_bytes", "used_bytes", b"used_bytes", "workspace_bytes", b"workspace_bytes", "workspaces", b"workspaces"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "max_resident_sessions", b"max_resident_sessions", "parked_budget_bytes", b"parked_budget_bytes", "parked_bytes", b"parked_bytes", "parked_sessions", b"parked_sessions", "peak_bytes", b"peak_bytes", "queue_limit", b"queue_limit", "queued_turns", b"queued_turns", "reserve_slots", b"reserve_slots", "resident_sessions", b"resident_sessions", "running_turns", b"running_turns", "sessions", b"sessions", "slot_bytes", b"slot_bytes", "store_degraded", b"store_degraded", "used_bytes", b"used_bytes", "workspace_bytes", b"workspace_bytes", "workspaces", b"workspaces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

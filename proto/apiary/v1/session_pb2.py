@@ -28,7 +28,7 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61piary/v1/session.proto\x12\tapiary.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb2\x04\n\x07Session\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12(\n\x03ttl\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x12.\n\x06labels\x18\x07 \x03(\x0b\x32\x1e.apiary.v1.Session.LabelsEntry\x12\'\n\x05state\x18\x08 \x01(\x0e\x32\x18.apiary.v1.Session.State\x12\x12\n\nturn_count\x18\t \x01(\r\x12\x13\n\x0btoken_count\x18\n \x01(\x04\x12$\n\x05\x63\x61\x63he\x18\x0b \x01(\x0b\x32\x15.apiary.v1.CacheUsage\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"e\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSTATE_EMPTY\x10\x01\x12\x12\n\x0eSTATE_RESIDENT\x10\x02\x12\x10\n\x0cSTATE_PARKED\x10\x03\x12\x0e\n\nSTATE_BUSY\x10\x04\x42\x0c\n\nexpiration\";\n\nCacheUsage\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\r\x12\r\n\x05\x62ound\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"O\n\x14\x43reateSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12#\n\x07session\x18\x02 \x01(\x0b\x32\x12.apiary.v1.Session\"!\n\x11GetSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"U\n\x14ListSessionsResponse\x12$\n\x08sessions\x18\x01 \x03(\x0b\x32\x12.apiary.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"l\n\x14UpdateSessionRequest\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.apiary.v1.Session\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"$\n\x14\x44\x65leteSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x12\x46orkSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\"8\n\x14RewindSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nturn_count\x18\x02 \x01(\r\"\"\n\x12GetCacheMapRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x08\x43\x61\x63heMap\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x06layers\x18\x02 \x03(\x0b\x32\x13.apiary.v1.LayerMap\"-\n\x08LayerMap\x12!\n\x05heads\x18\x01 \x03(\x0b\x32\x12.apiary.v1.HeadMap\"\x1c\n\x07HeadMap\x12\x11\n\tpositions\x18\x01 \x03(\r\"$\n\x14\x45xportSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"&\n\x15\x45xportSessionResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"9\n\x14ImportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\x32\xe0\x05\n\x0eSessionService\x12\x44\n\rCreateSession\x12\x1f.apiary.v1.CreateSessionRequest\x1a\x12.apiary.v1.Session\x12>\n\nGetSession\x12\x1c.apiary.v1.GetSessionRequest\x1a\x12.apiary.v1.Session\x12O\n\x0cListSessions\x12\x1e.apiary.v1.ListSessionsRequest\x1a\x1f.apiary.v1.ListSessionsResponse\x12\x44\n\rUpdateSession\x12\x1f.apiary.v1.UpdateSessionRequest\x1a\x12.apiary.v1.Session\x12H\n\rDeleteSession\x12\x1f.apiary.v1.DeleteSessionRequest\x1a\x16.google.protobuf.Empty\x12@\n\x0b\x46orkSession\x12\x1d.apiary.v1.ForkSessionRequest\x1a\x12.apiary.v1.Session\x12\x44\n\rRewindSession\x12\x1f.apiary.v1.RewindSessionRequest\x1a\x12.apiary.v1.Session\x12\x41\n\x0bGetCacheMap\x12\x1d.apiary.v1.GetCacheMapRequest\x1a\x13.apiary.v1.CacheMap\x12T\n\rExportSession\x12\x1f.apiary.v1.ExportSessionRequest\x1a .apiary.v1.ExportSessionResponse0\x01\x12\x46\n\rImportSession\x12\x1f.apiary.v1.ImportSessionRequest\x1a\x12.apiary.v1.Session(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61piary/v1/session.proto\x12\tapiary.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x04\n\x07Session\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12(\n\x03ttl\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x12.\n\x06labels\x18\x07 \x03(\x0b\x32\x1e.apiary.v1.Session.LabelsEntry\x12\'\n\x05state\x18\x08 \x01(\x0e\x32\x18.apiary.v1.Session.State\x12\x12\n\nturn_count\x18\t \x01(\r\x12\x13\n\x0btoken_count\x18\n \x01(\x04\x12$\n\x05\x63\x61\x63he\x18\x0b \x01(\x0b\x32\x15.apiary.v1.CacheUsage\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"w\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSTATE_EMPTY\x10\x01\x12\x12\n\x0eSTATE_RESIDENT\x10\x02\x12\x10\n\x0cSTATE_PARKED\x10\x03\x12\x0e\n\nSTATE_BUSY\x10\x04\x12\x10\n\x0cSTATE_STORED\x10\x05\x42\x0c\n\nexpiration\";\n\nCacheUsage\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\r\x12\r\n\x05\x62ound\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"O\n\x14\x43reateSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12#\n\x07session\x18\x02 \x01(\x0b\x32\x12.apiary.v1.Session\"!\n\x11GetSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"U\n\x14ListSessionsResponse\x12$\n\x08sessions\x18\x01 \x03(\x0b\x32\x12.apiary.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"l\n\x14UpdateSessionRequest\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.apiary.v1.Session\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"$\n\x14\x44\x65leteSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x12\x46orkSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\"8\n\x14RewindSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nturn_count\x18\x02 \x01(\r\"\"\n\x12GetCacheMapRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x08\x43\x61\x63heMap\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x06layers\x18\x02 \x03(\x0b\x32\x13.apiary.v1.LayerMap\"-\n\x08LayerMap\x12!\n\x05heads\x18\x01 \x03(\x0b\x32\x12.apiary.v1.HeadMap\"\x1c\n\x07HeadMap\x12\x11\n\tpositions\x18\x01 \x03(\r\"$\n\x14\x45xportSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"&\n\x15\x45xportSessionResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"9\n\x14ImportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\x32\xe0\x05\n\x0eSessionService\x12\x44\n\rCreateSession\x12\x1f.apiary.v1.CreateSessionRequest\x1a\x12.apiary.v1.Session\x12>\n\nGetSession\x12\x1c.apiary.v1.GetSessionRequest\x1a\x12.apiary.v1.Session\x12O\n\x0cListSessions\x12\x1e.apiary.v1.ListSessionsRequest\x1a\x1f.apiary.v1.ListSessionsResponse\x12\x44\n\rUpdateSession\x12\x1f.apiary.v1.UpdateSessionRequest\x1a\x12.apiary.v1.Session\x12H\n\rDeleteSession\x12\x1f.apiary.v1.DeleteSessionRequest\x1a\x16.google.protobuf.Empty\x12@\n\x0b\x46orkSession\x12\x1d.apiary.v1.ForkSessionRequest\x1a\x12.apiary.v1.Session\x12\x44\n\rRewindSession\x12\x1f.apiary.v1.RewindSessionRequest\x1a\x12.apiary.v1.Session\x12\x41\n\x0bGetCacheMap\x12\x1d.apiary.v1.GetCacheMapRequest\x1a\x13.apiary.v1.CacheMap\x12T\n\rExportSession\x12\x1f.apiary.v1.ExportSessionRequest\x1a .apiary.v1.ExportSessionResponse0\x01\x12\x46\n\rImportSession\x12\x1f.apiary.v1.ImportSessionRequest\x1a\x12.apiary.v1.Session(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,43 +38,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSION_LABELSENTRY']._loaded_options = None
   _globals['_SESSION_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_SESSION']._serialized_start=167
-  _globals['_SESSION']._serialized_end=729
+  _globals['_SESSION']._serialized_end=747
   _globals['_SESSION_LABELSENTRY']._serialized_start=567
   _globals['_SESSION_LABELSENTRY']._serialized_end=612
   _globals['_SESSION_STATE']._serialized_start=614
-  _globals['_SESSION_STATE']._serialized_end=715
-  _globals['_CACHEUSAGE']._serialized_start=731
-  _globals['_CACHEUSAGE']._serialized_end=790
-  _globals['_CREATESESSIONREQUEST']._serialized_start=792
-  _globals['_CREATESESSIONREQUEST']._serialized_end=871
-  _globals['_GETSESSIONREQUEST']._serialized_start=873
-  _globals['_GETSESSIONREQUEST']._serialized_end=906
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=908
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=968
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=970
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1055
-  _globals['_UPDATESESSIONREQUEST']._serialized_start=1057
-  _globals['_UPDATESESSIONREQUEST']._serialized_end=1165
-  _globals['_DELETESESSIONREQUEST']._serialized_start=1167
-  _globals['_DELETESESSIONREQUEST']._serialized_end=1203
-  _globals['_FORKSESSIONREQUEST']._serialized_start=1205
-  _globals['_FORKSESSIONREQUEST']._serialized_end=1259
-  _globals['_REWINDSESSIONREQUEST']._serialized_start=1261
-  _globals['_REWINDSESSIONREQUEST']._serialized_end=1317
-  _globals['_GETCACHEMAPREQUEST']._serialized_start=1319
-  _globals['_GETCACHEMAPREQUEST']._serialized_end=1353
-  _globals['_CACHEMAP']._serialized_start=1355
-  _globals['_CACHEMAP']._serialized_end=1416
-  _globals['_LAYERMAP']._serialized_start=1418
-  _globals['_LAYERMAP']._serialized_end=1463
-  _globals['_HEADMAP']._serialized_start=1465
-  _globals['_HEADMAP']._serialized_end=1493
-  _globals['_EXPORTSESSIONREQUEST']._serialized_start=1495
-  _globals['_EXPORTSESSIONREQUEST']._serialized_end=1531
-  _globals['_EXPORTSESSIONRESPONSE']._serialized_start=1533
-  _globals['_EXPORTSESSIONRESPONSE']._serialized_end=1571
-  _globals['_IMPORTSESSIONREQUEST']._serialized_start=1573
-  _globals['_IMPORTSESSIONREQUEST']._serialized_end=1630
-  _globals['_SESSIONSERVICE']._serialized_start=1633
-  _globals['_SESSIONSERVICE']._serialized_end=2369
+  _globals['_SESSION_STATE']._serialized_end=733
+  _globals['_CACHEUSAGE']._serialized_start=749
+  _globals['_CACHEUSAGE']._serialized_end=808
+  _globals['_CREATESESSIONREQUEST']._serialized_start=810
+  _globals['_CREATESESSIONREQUEST']._serialized_end=889
+  _globals['_GETSESSIONREQUEST']._serialized_start=891
+  _globals['_GETSESSIONREQUEST']._serialized_end=924
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=926
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=986
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=988
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1073
+  _globals['_UPDATESESSIONREQUEST']._serialized_start=1075
+  _globals['_UPDATESESSIONREQUEST']._serialized_end=1183
+  _globals['_DELETESESSIONREQUEST']._serialized_start=1185
+  _globals['_DELETESESSIONREQUEST']._serialized_end=1221
+  _globals['_FORKSESSIONREQUEST']._serialized_start=1223
+  _globals['_FORKSESSIONREQUEST']._serialized_end=1277
+  _globals['_REWINDSESSIONREQUEST']._serialized_start=1279
+  _globals['_REWINDSESSIONREQUEST']._serialized_end=1335
+  _globals['_GETCACHEMAPREQUEST']._serialized_start=1337
+  _globals['_GETCACHEMAPREQUEST']._serialized_end=1371
+  _globals['_CACHEMAP']._serialized_start=1373
+  _globals['_CACHEMAP']._serialized_end=1434
+  _globals['_LAYERMAP']._serialized_start=1436
+  _globals['_LAYERMAP']._serialized_end=1481
+  _globals['_HEADMAP']._serialized_start=1483
+  _globals['_HEADMAP']._serialized_end=1511
+  _globals['_EXPORTSESSIONREQUEST']._serialized_start=1513
+  _globals['_EXPORTSESSIONREQUEST']._serialized_end=1549
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_start=1551
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_end=1589
+  _globals['_IMPORTSESSIONREQUEST']._serialized_start=1591
+  _globals['_IMPORTSESSIONREQUEST']._serialized_end=1648
+  _globals['_SESSIONSERVICE']._serialized_start=1651
+  _globals['_SESSIONSERVICE']._serialized_end=2387
 # @@protoc_insertion_point(module_scope)

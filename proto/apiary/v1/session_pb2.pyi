@@ -43,6 +43,8 @@ class Session(_message.Message):
         """In host memory; the next turn brings it back."""
         STATE_BUSY: Session._State.ValueType  # 4
         """A turn is in flight."""
+        STATE_STORED: Session._State.ValueType  # 5
+        """Nowhere, but there is a transcript; the next turn computes the cache from it."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """Where the cache lies."""
@@ -56,6 +58,8 @@ class Session(_message.Message):
     """In host memory; the next turn brings it back."""
     STATE_BUSY: Session.State.ValueType  # 4
     """A turn is in flight."""
+    STATE_STORED: Session.State.ValueType  # 5
+    """Nowhere, but there is a transcript; the next turn computes the cache from it."""
 
     @_typing.final
     class LabelsEntry(_message.Message):
@@ -91,7 +95,7 @@ class Session(_message.Message):
     name: _builtins.str
     """`sessions/{id}`. Output only."""
     policy: _builtins.str
-    """Cache policy, e.g. `buzz(window=300,stride=3)`; default the server's. Fixed at creation."""
+    """Cache policy, e.g. `buzz(window=300,stride=3)`; default the server's."""
     state: Global___Session.State.ValueType
     """Where the cache lies. Output only."""
     turn_count: _builtins.int
@@ -280,9 +284,15 @@ class UpdateSessionRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def session(self) -> Global___Session: ...
+    def session(self) -> Global___Session:
+        """Its name, and the new settings."""
+
     @_builtins.property
-    def update_mask(self) -> _field_mask_pb2.FieldMask: ...
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Of `policy`, `expire_time`, `ttl` and `labels` those to change; without it, those that are set. Labels
+        are replaced all together.
+        """
+
     def __init__(
         self,
         *,
@@ -350,7 +360,7 @@ class RewindSessionRequest(_message.Message):
     name: _builtins.str
     """`sessions/{id}`."""
     turn_count: _builtins.int
-    """The number of turns to keep."""
+    """The number of turns to keep, at most as many as there are."""
     def __init__(
         self,
         *,

@@ -116,7 +116,8 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateSession(self, request, context):
-        """Changes a session's settings. Not implemented yet.
+        """Changes a session's settings: policy, expiration, labels. After a change of the policy the next
+        turn computes the cache anew, and says so in its usage; a turn in flight refuses it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,14 +131,16 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForkSession(self, request, context):
-        """Copies the committed state into a new session. Not implemented yet.
+        """Copies what a session has committed into a new one, which goes its own way from there. Takes as long
+        as copying the cache, however long the history; a session with a turn in flight is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RewindSession(self, request, context):
-        """Returns to a kept checkpoint. Not implemented yet.
+        """Takes a session's last turns back: it is as it was before them. The next turn computes the cache anew,
+        and says so in its usage; a session with a turn in flight is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

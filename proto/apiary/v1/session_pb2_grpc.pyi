@@ -43,13 +43,19 @@ class SessionServiceStub:
     ListSessions: _grpc.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]
     """Lists the tenant's sessions in order of name."""
     UpdateSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.UpdateSessionRequest, _session_pb2.Session]
-    """Changes a session's settings. Not implemented yet."""
+    """Changes a session's settings: policy, expiration, labels. After a change of the policy the next
+    turn computes the cache anew, and says so in its usage; a turn in flight refuses it.
+    """
     DeleteSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _empty_pb2.Empty]
     """Deletes a session and frees its memory; a turn in flight is cancelled."""
     ForkSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.Session]
-    """Copies the committed state into a new session. Not implemented yet."""
+    """Copies what a session has committed into a new one, which goes its own way from there. Takes as long
+    as copying the cache, however long the history; a session with a turn in flight is refused.
+    """
     RewindSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.Session]
-    """Returns to a kept checkpoint. Not implemented yet."""
+    """Takes a session's last turns back: it is as it was before them. The next turn computes the cache anew,
+    and says so in its usage; a session with a turn in flight is refused.
+    """
     GetCacheMap: _grpc.UnaryUnaryMultiCallable[_session_pb2.GetCacheMapRequest, _session_pb2.CacheMap]
     """Tells which tokens the cache keeps. Not implemented yet."""
     ExportSession: _grpc.UnaryStreamMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]
@@ -71,13 +77,19 @@ class SessionServiceAsyncStub(SessionServiceStub):
     ListSessions: _aio.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]  # type: ignore[assignment]
     """Lists the tenant's sessions in order of name."""
     UpdateSession: _aio.UnaryUnaryMultiCallable[_session_pb2.UpdateSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Changes a session's settings. Not implemented yet."""
+    """Changes a session's settings: policy, expiration, labels. After a change of the policy the next
+    turn computes the cache anew, and says so in its usage; a turn in flight refuses it.
+    """
     DeleteSession: _aio.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a session and frees its memory; a turn in flight is cancelled."""
     ForkSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Copies the committed state into a new session. Not implemented yet."""
+    """Copies what a session has committed into a new one, which goes its own way from there. Takes as long
+    as copying the cache, however long the history; a session with a turn in flight is refused.
+    """
     RewindSession: _aio.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Returns to a kept checkpoint. Not implemented yet."""
+    """Takes a session's last turns back: it is as it was before them. The next turn computes the cache anew,
+    and says so in its usage; a session with a turn in flight is refused.
+    """
     GetCacheMap: _aio.UnaryUnaryMultiCallable[_session_pb2.GetCacheMapRequest, _session_pb2.CacheMap]  # type: ignore[assignment]
     """Tells which tokens the cache keeps. Not implemented yet."""
     ExportSession: _aio.UnaryStreamMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]  # type: ignore[assignment]
@@ -120,7 +132,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.UpdateSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Changes a session's settings. Not implemented yet."""
+        """Changes a session's settings: policy, expiration, labels. After a change of the policy the next
+        turn computes the cache anew, and says so in its usage; a turn in flight refuses it.
+        """
 
     @_abc_1.abstractmethod
     def DeleteSession(
@@ -136,7 +150,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.ForkSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Copies the committed state into a new session. Not implemented yet."""
+        """Copies what a session has committed into a new one, which goes its own way from there. Takes as long
+        as copying the cache, however long the history; a session with a turn in flight is refused.
+        """
 
     @_abc_1.abstractmethod
     def RewindSession(
@@ -144,7 +160,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.RewindSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Returns to a kept checkpoint. Not implemented yet."""
+        """Takes a session's last turns back: it is as it was before them. The next turn computes the cache anew,
+        and says so in its usage; a session with a turn in flight is refused.
+        """
 
     @_abc_1.abstractmethod
     def GetCacheMap(

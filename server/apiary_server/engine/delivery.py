@@ -8,8 +8,10 @@ one buffer in which unread deltas merge, and the engine pauses a turn whose buff
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Self
 
 from apiary_server.engine.result import Delta
@@ -35,6 +37,8 @@ class TokenStream:
         self._delta: Delta | None = None
         self._error: ApiaryError | None = None
         self._ended = False
+        self._lock = threading.Lock()
+        self._on_close: Callable[[], object] = lambda: None
         # written by one side each, read by the other
         self._sent = 0
         self._taken = 0
@@ -45,7 +49,7 @@ class TokenStream:
     @property
     def full(self) -> bool:
         """Whether the turn should pause."""
-        return self._sent - self._taken >= self._capacity
+        return not self.closed and self._sent - self._taken >= self._capacity
 
     def stalled(self, now: float) -> bool:
         """Whether the reader has left tokens waiting for longer than the stall limit."""
@@ -57,11 +61,24 @@ class TokenStream:
             self._taken_at = time.monotonic()
         self._sent += tokens
 
+    def seal(self) -> int:
+        """Let the reader take no more tokens. Returns how many it has taken."""
+        with self._lock:
+            self.closed = True
+            return self._taken
+
     # the reader's side
 
     def close(self) -> None:
-        """The reader is gone: the engine rolls the turn back within one step. From any thread, any often."""
+        """The reader is gone: the engine ends the turn within one step. From any thread, any often."""
         self.closed = True
+        self._on_close()
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Have something done when the reader goes, or now if it has."""
+        self._on_close = callback
+        if self.closed:
+            callback()
 
     def put(self, delta: Delta | ApiaryError) -> None:
         """Add what came of a step (on the event loop)."""
@@ -77,24 +94,27 @@ class TokenStream:
         return self
 
     async def __anext__(self) -> Delta:
-        if self._ended:
-            raise StopAsyncIteration
-        await self._ready.wait()
-        self._ready.clear()
-        if self._error is not None:
-            self._ended = True
-            raise self._error
-        delta, self._delta = self._delta, None
-        if delta is None:
-            raise RuntimeError("a stream was woken with nothing to read")
-        self._taken += len(delta.token_ids)
-        self._taken_at = time.monotonic()
-        self._ended = delta.finish_reason is not None
-        return delta
+        while not self._ended:
+            await self._ready.wait()
+            self._ready.clear()
+            if self._error is not None:
+                self._ended = True
+                raise self._error
+            with self._lock:
+                delta, self._delta = self._delta, None
+                if delta is None:
+                    raise RuntimeError("a stream was woken with nothing to read")
+                self._ended = delta.finish_reason is not None
+                if self.closed:
+                    continue
+                self._taken += len(delta.token_ids)
+            self._taken_at = time.monotonic()
+            return delta
+        raise StopAsyncIteration
 
 
 class Delivery:
-    """Gathers a step's deltas and hands them over at once. Used by the engine thread alone."""
+    """Gathers a step's deltas and hands them over at once. Not thread-safe."""
 
     def __init__(self) -> None:
         self._step: list[tuple[TokenStream, Delta | ApiaryError]] = []
@@ -117,6 +137,13 @@ class Delivery:
             except RuntimeError:  # the loop is closed: its readers are gone
                 for stream, _ in batch:
                     stream.close()
+
+
+def deliver(stream: TokenStream, delta: Delta | ApiaryError) -> None:
+    """Hand one thing over, from any thread."""
+    delivery = Delivery()
+    delivery.send(stream, delta)
+    delivery.flush()
 
 
 def _put_all(batch: list[tuple[TokenStream, Delta | ApiaryError]]) -> None:

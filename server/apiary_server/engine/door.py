@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 from apiary_server.engine.delivery import TokenStream
 from apiary_server.engine.request import Messages, Text, TokenIds, TurnRequest
-from apiary_server.engine.result import ModelInfo
+from apiary_server.engine.result import Delta, FinishReason, ModelInfo, Usage
 from apiary_server.engine.scheduler import Scheduler
 from apiary_server.engine.turn import Turn
 from apiary_server.errors import ContextFull, InvalidField
@@ -15,7 +16,7 @@ from apiary_server.model.detokenizer import Detokenizer
 from apiary_server.model.tokenizer import Tokenizer
 from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.residency import Residency
-from apiary_server.sessions.session import Session
+from apiary_server.sessions.session import Answer, Session
 from apiary_server.sessions.transaction import Transaction
 from buzz import Rotary
 
@@ -40,21 +41,92 @@ class Door:
         self._rotary = rotary
         self._scheduler = scheduler
 
-    def admit(self, request: TurnRequest, stream: TokenStream) -> Turn:
-        """Mark the session's turn as in flight and build it.
+    def earlier(self, request: TurnRequest) -> Turn | Answer | None:
+        """The turn, in flight or committed, that this request had when it came before.
 
         Raises:
-            InvalidField: the input, a limit or a token id does not fit the model, the worker or the session.
+            InvalidField: the request id is another request's.
+            SessionNotFound: unknown, expired or another tenant's.
+        """
+        if request.session is None or request.request_id is None:
+            return None
+        for turn in self._scheduler.turns():
+            other = turn.request
+            if (other.tenant, other.session, other.request_id) == (
+                request.tenant,
+                request.session,
+                request.request_id,
+            ):
+                _check_same(request, turn.digest)
+                return turn
+        answer = self._sessions.answer(request.tenant, request.session, request.request_id)
+        if answer is not None:
+            _check_same(request, answer.record.digest)
+        return answer
+
+    def again(self, request: TurnRequest, tokens: Sequence[int]) -> Delta:
+        """An answer so far as one delta, from the place on that the request asks for.
+
+        Raises:
+            InvalidField: it has no such place.
+        """
+        if request.next_index > len(tokens):
+            why = f"is {request.next_index}, and the answer has {len(tokens)} tokens so far"
+            raise InvalidField([("next_index", why)])
+        detokenizer = Detokenizer(self.tokenizer.backend)
+        delta, place = Delta(index=request.next_index, token_ids=list(tokens[request.next_index :])), 0
+        for released in (*map(detokenizer.add, tokens), detokenizer.finish()):
+            place += len(released.token_ids)
+            if place > request.next_index:
+                delta.text += released.text
+        return delta
+
+    def replay(self, request: TurnRequest, answer: Answer) -> Delta:
+        """A committed answer, from the place on that the request asks for.
+
+        Raises:
+            InvalidField: it has no such place.
+        """
+        record, delta = answer.record, self.again(request, answer.token_ids)
+        delta.text += record.tail
+        delta.finish_reason = FinishReason(record.finish)
+        delta.usage = Usage(
+            prompt_tokens=record.prompt_tokens,
+            cached_tokens=record.cached_tokens,
+            completion_tokens=record.completion_tokens,
+            evicted_entries=record.evicted_entries,
+            queue_time=0.0,
+            prefill_time=0.0,
+            decode_time=0.0,
+            seed=record.seed,
+        )
+        return delta
+
+    def knock(self, request: TurnRequest, stream: TokenStream) -> Future[Session]:
+        """Have the next turn of the request's session; see `SessionManager.begin_turn`.
+
+        Raises:
+            InvalidField: a limit or a token id does not fit the model or the worker.
             SessionNotFound: unknown, expired or another tenant's.
             SessionBusy: another turn is in flight.
+        """
+        self._check(request)
+        if request.session is not None:
+            return self._sessions.begin_turn(
+                request.tenant, request.session, lambda: stream.closed, wait=request.wait
+            )
+        alone: Future[Session] = Future()
+        alone.set_result(self._sessions.one_shot(request.tenant, request.policy))
+        return alone
+
+    def admit(self, request: TurnRequest, stream: TokenStream, session: Session) -> Turn:
+        """Build a turn of a session; the session's turn is over if it is refused.
+
+        Raises:
+            InvalidField: the input does not fit the model, the worker or the session.
             ContextFull: the input exceeds what the session's cache may hold.
             DeadlineExceeded: the first token could not come in time.
         """
-        self._check(request)
-        if request.session is None:
-            session = self._sessions.one_shot(request.tenant, request.policy)
-        else:
-            session = self._sessions.begin_turn(request.tenant, request.session, lambda: stream.closed)
         try:
             turn = self._turn(request, stream, session)
             self._scheduler.check_deadline(turn)
@@ -98,6 +170,9 @@ class Door:
             stop_tokens=frozenset((*eos, *stopping.stop_token_ids)),
             seed=secrets.randbits(64) if seed is None else seed,
             cached_tokens=cached,
+            history=session.segments if cache is None else (),
+            rebuild=session.rebuild,
+            digest=request.digest if request.request_id is not None else "",
         )
 
     def _check(self, request: TurnRequest) -> None:
@@ -120,6 +195,11 @@ class Door:
             raise InvalidField([("messages.messages[0].role", why)])
         open_reply = not first and session.turns[-1].chat
         return self.tokenizer.encode(input, first=first, open_reply=open_reply)
+
+
+def _check_same(request: TurnRequest, digest: str) -> None:
+    if request.digest != digest:
+        raise InvalidField([("request_id", "was the id of another request to this session: draw a new one")])
 
 
 def _field(request: TurnRequest) -> str:

@@ -11,16 +11,19 @@ import structlog
 import torch
 
 from apiary_server import errors
+from apiary_server.engine.admission import Admission
 from apiary_server.engine.delivery import TokenStream
 from apiary_server.engine.door import Door
+from apiary_server.engine.keeper import Keeper
 from apiary_server.engine.loop import Loop
-from apiary_server.engine.places import Place, Places
+from apiary_server.engine.places import Place
 from apiary_server.engine.request import Messages, Text, TurnRequest
 from apiary_server.engine.result import Capacity, ModelInfo
 from apiary_server.engine.scheduler import Scheduler
-from apiary_server.engine.turn import Turn
+from apiary_server.sessions.journal import Journal
 from apiary_server.sessions.manager import SessionManager
 
+_LAST_WRITE = 5.0  # seconds that a store has at the end
 _log = structlog.get_logger(__name__)
 
 
@@ -34,8 +37,11 @@ class Engine:
         loop: what the engine thread does.
         sessions: the table of sessions.
         step_limit: seconds after which a step hangs.
+        journal: what stores sessions; None: nothing does.
 
     Attributes:
+        sessions: the table of sessions.
+        keeper: what is done to them between their turns.
         healthy: False once the loop hung or broke; the process should end.
         on_unhealthy: called when that happens.
     """
@@ -48,17 +54,19 @@ class Engine:
         loop: Loop,
         sessions: SessionManager,
         step_limit: float,
+        journal: Journal | None = None,
     ) -> None:
         self.model = model
         self.sessions = sessions
+        self.keeper = Keeper(sessions, loop.residency, loop)
         self.healthy = True
         self.on_unhealthy: Callable[[], None] | None = None
         self._door = door
         self._scheduler = scheduler
         self._loop = loop
         self._step_limit = step_limit
-        self._places = Places()
-        self._draining = False
+        self._journal = journal
+        self._admission = Admission(door, scheduler, loop, sessions)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -70,7 +78,7 @@ class Engine:
 
     def drain(self) -> None:
         """Take no new turns; those in flight go on."""
-        self._draining = True
+        self._admission.drain()
 
     def stop(self, grace: float) -> None:
         """Let turns finish for `grace` seconds, roll the others back, and end the loop."""
@@ -81,37 +89,17 @@ class Engine:
         self._stopping.set()
         self._loop.post(lambda: None)
         self._thread.join(timeout=self._step_limit)
+        self._admission.close()
+        if self._journal is not None:
+            self._journal.close(_LAST_WRITE)
 
     def reserve(self, tenant: str) -> Place:
-        """Take a place in the queue for a turn of a tenant. Waits for nothing, whatever the engine does.
+        """Take a place in the queue for a turn of a tenant; see `Admission.reserve`."""
+        return self._admission.reserve(tenant)
 
-        Raises:
-            Draining: the worker is shutting down.
-            QueueFull: too many turns wait.
-        """
-        if self._draining:
-            raise errors.Draining("the worker is shutting down; try another", retry_after=1.0)
-        return self._places.take(tenant, self._scheduler.check_queue)
-
-    def open(self, request: TurnRequest, stream: TokenStream, place: Place | None = None) -> None:
-        """Check a request and queue its turn; the answer comes by `stream`. Blocks while it tokenises.
-
-        Args:
-            request: what is asked.
-            stream: where the answer goes.
-            place: reserved for it, and released here; None takes one now.
-
-        Raises:
-            Draining, QueueFull: see `reserve`.
-            InvalidField, SessionNotFound, SessionBusy, ContextFull, DeadlineExceeded: see `Door.admit`.
-        """
-        place = place or self.reserve(request.tenant)
-        try:
-            turn = self._door.admit(request, stream)
-        except BaseException:
-            place.release()
-            raise
-        self._loop.post(lambda: self._arrive(turn, place))
+    def open(self, request: TurnRequest, stream: TokenStream, place: Place | None = None) -> Future[None]:
+        """Check a request and queue its turn; see `Admission.open`."""
+        return self._admission.open(request, stream, place)
 
     def tokenize(self, input: Text | Messages) -> list[int]:
         """Token ids of text, or of messages as a first turn."""
@@ -120,22 +108,6 @@ class Engine:
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of token ids. Raises InvalidField if one is not in the vocabulary."""
         return self._door.tokenizer.decode(ids)
-
-    def delete_session(self, tenant: str, id: str) -> Future[None]:
-        """Take a session away, and its running turn with it; done when its memory is free.
-
-        Raises:
-            SessionNotFound: at once.
-        """
-        session = self.sessions.remove(tenant, id)
-        done: Future[None] = Future()
-
-        def forget() -> None:
-            self._loop.free(session)
-            done.set_result(None)
-
-        self._loop.post(forget)
-        return done
 
     def capacity(self) -> Capacity:
         """Budgets and what is in use."""
@@ -156,13 +128,14 @@ class Engine:
             parked_budget_bytes=residency.parked_budget,
             sessions=len(self.sessions),
             running_turns=len(self._scheduler.running),
-            queued_turns=len(self._scheduler.waiting) + len(self._places),
+            queued_turns=len(self._scheduler.waiting) + len(self._admission),
             queue_limit=self._scheduler.queue_limit,
+            store_degraded=self._journal is not None and self._journal.degraded,
         )
 
     @property
     def _busy(self) -> bool:
-        return bool(self._places or self._scheduler.waiting or self._scheduler.running)
+        return bool(self._admission or self._scheduler.waiting or self._scheduler.running)
 
     # the engine thread
 
@@ -177,10 +150,6 @@ class Engine:
             except Exception:
                 _log.exception("the engine loop broke")
                 self._lose_health()
-
-    def _arrive(self, turn: Turn, place: Place) -> None:
-        self._loop.add(turn)
-        place.release()  # after: for an instant it counts twice, never not at all
 
     # the watchdog thread
 

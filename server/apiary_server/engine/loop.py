@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import secrets
 import time
@@ -12,17 +13,18 @@ from typing import TypeVar
 import structlog
 
 from apiary_server import errors
-from apiary_server.engine.delivery import Delivery
-from apiary_server.engine.request import Messages
+from apiary_server.engine.delivery import Delivery, TokenStream, deliver
+from apiary_server.engine.request import TurnRequest
 from apiary_server.engine.result import Delta, Observer, StepStats
 from apiary_server.engine.scheduler import Scheduler
 from apiary_server.engine.step import ScheduledChunk, StepPlan
 from apiary_server.engine.turn import Turn
 from apiary_server.model.runner import Piece, Runner
 from apiary_server.model.sampler import Sampled, sample
+from apiary_server.sessions.journal import Journal
 from apiary_server.sessions.manager import SessionManager, resource_name
 from apiary_server.sessions.residency import Residency
-from apiary_server.sessions.session import Session, TurnRecord
+from apiary_server.sessions.session import Session
 
 _Stats = TypeVar("_Stats")
 _log = structlog.get_logger(__name__)
@@ -39,6 +41,8 @@ class Loop:
         sessions: the table of sessions.
         residency: their memory.
         observer: receives plain numbers.
+        reattach_grace: seconds that a turn with a request id goes on without a reader.
+        journal: what stores sessions; None: nothing does.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class Loop:
         sessions: SessionManager,
         residency: Residency,
         observer: Observer,
+        reattach_grace: float,
+        journal: Journal | None = None,
     ) -> None:
         self.residency = residency
         self.step_began: float | None = None
@@ -55,8 +61,11 @@ class Loop:
         self._scheduler = scheduler
         self._sessions = sessions
         self._observer = observer
+        self._reattach_grace = reattach_grace
+        self._journal = journal
         self._delivery = Delivery()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._after_flush: list[Callable[[], None]] = []
         self._idle = True  # the step before had nothing to run
 
     def post(self, command: Callable[[], None]) -> None:
@@ -71,9 +80,30 @@ class Loop:
 
     def end_all(self, error: errors.ApiaryError) -> None:
         """Roll back every turn."""
-        for turn in self._turns():
+        for turn in self._scheduler.turns():
             self._fail(turn, error)
-        self._delivery.flush()
+        self._hand_over()
+
+    def attach(
+        self, turn: Turn, request: TurnRequest, stream: TokenStream, again: Callable[[list[int]], Delta]
+    ) -> bool:
+        """Have a turn in flight go on for the same request that came again; False if it has ended.
+
+        Args:
+            turn: it.
+            request: as it came now.
+            stream: where the answer goes on.
+            again: makes a delta, for that request, of the answer so far; what it raises changes nothing.
+        """
+        if turn.cut is not None or turn not in self._scheduler.turns():
+            return False
+        missed = again(turn.tokens[turn.prompt_end :][: turn.delivered])
+        turn.stream.close()
+        self._delivery.send(turn.stream, errors.Cancelled("the same request came again, by another call"))
+        turn.attach(request, stream)
+        if missed.token_ids:
+            self._delivery.send(stream, missed)
+        return True
 
     def free(self, session: Session) -> None:
         """Give back the memory of a session that was taken out of the table, and end its turn."""
@@ -94,39 +124,44 @@ class Loop:
             self.step_began = None
         else:
             self._refuse_for_memory(plan)
-        if not self._turns():
+        if not self._scheduler.turns():
             self.residency.check_integrity()
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """What the step made goes to its readers; what waits for the store comes after that."""
         self._delivery.flush()
+        after, self._after_flush = self._after_flush, []
+        for command in after:
+            command()
+        if self._journal is not None:
+            self._journal.give_up()
 
     def _take_commands(self) -> None:
-        wait = _PAUSED_WAIT if self._turns() else _IDLE_WAIT
+        wait = _PAUSED_WAIT if self._scheduler.turns() else _IDLE_WAIT
         with contextlib.suppress(queue.Empty):
             self._commands.get(block=self._idle, timeout=wait)()
             while True:
                 self._commands.get_nowait()()
 
-    def _turns(self) -> list[Turn]:
-        return [*self._scheduler.running, *self._scheduler.waiting]
-
     def _end_lost_turns(self) -> None:
-        """Roll back the turns that nobody waits for any more."""
+        """End the turns that nobody waits for any more."""
         now = time.monotonic()
-        for turn in self._turns():
+        for turn in self._scheduler.turns():
             deadline = turn.request.deadline
             if turn.session.deleted:
                 self._fail(turn, errors.Cancelled(f"{resource_name(turn.session.id)} was deleted"))
+            elif turn.cut is not None:
+                pass  # what its reader took is being kept
+            elif turn.stream.closed and self._awaits_reader(turn, now):
+                pass
             elif turn.stream.closed:
-                self._fail(turn, errors.Cancelled("cancelled by the caller"))
+                self._cut_short(turn, errors.Cancelled, "cancelled by the caller")
             elif deadline is not None and now >= deadline:
                 where = "in queue" if turn.started is None else "in flight"
-                self._fail(
-                    turn, errors.DeadlineExceeded(f"the deadline passed {where}; the turn was rolled back")
-                )
+                self._cut_short(turn, errors.DeadlineExceeded, f"the deadline passed {where}")
             elif turn.stream.stalled(now):
-                self._fail(
-                    turn,
-                    errors.ReaderStalled("the reader took nothing for too long; the turn was rolled back"),
-                )
+                self._cut_short(turn, errors.ReaderStalled, "the reader took nothing for too long")
             elif turn.started is None:
                 try:
                     self._scheduler.check_waiting(turn)
@@ -139,17 +174,7 @@ class Loop:
         turn = running[-1] if running else plan.blocked
         if turn is None or not all(other.starved for other in running):
             return
-        pool = self.residency.pool
-        self._fail(
-            turn,
-            errors.BudgetExhausted(
-                "idle sessions fill the cache budget and the parked budget; delete some or let them expire",
-                retry_after=5.0,
-                needed=turn.session.layout.bytes,
-                used=pool.used_bytes,
-                budget=pool.budget,
-            ),
-        )
+        self._fail(turn, self.residency.exhausted(turn.session.layout))
 
     def _execute(self, plan: StepPlan) -> None:
         began = time.monotonic()
@@ -212,17 +237,58 @@ class Loop:
         else:
             self._commit(turn, delta)
 
+    def _awaits_reader(self, turn: Turn, now: float) -> bool:
+        """Whether a turn goes on without its reader: the same request may come again, for a while and unless
+        another turn of the session waits."""
+        if turn.request.request_id is None or turn.session.line:
+            return False
+        turn.detached = turn.detached or now
+        return now - turn.detached < self._reattach_grace
+
+    def _cut_short(self, turn: Turn, kind: type[errors.ApiaryError], why: str) -> None:
+        """End a turn before its time: as if it had never been, or with the answer that its reader took."""
+        taken = turn.read_before + turn.stream.seal() if turn.request.keep else 0
+        if not taken:
+            self._fail(turn, kind(f"{why}; the turn was rolled back"))
+            return
+        turn.keep(taken, kind(f"{why}; what was delivered is kept"))
+        if not turn.remaining:
+            self._commit(turn, Delta(index=taken))
+
     def _commit(self, turn: Turn, last: Delta) -> None:
         turn.transaction.commit()
-        chat = isinstance(turn.request.input, Messages)
-        record = TurnRecord(turn.prompt_end - turn.carried, turn.delivered, chat)
-        self._sessions.end_turn(turn.session, turn.tokens[turn.carried :], record)
+        self._sessions.end_turn(turn.session, turn.tokens[turn.carried :], turn.record())
         self._scheduler.remove(turn)
         now = time.monotonic()
         last.finish_reason, last.usage = turn.finish_reason, turn.usage(now)
-        self._delivery.send(turn.stream, last)
+        self._send_last(turn, last)
         outcome = turn.finish_reason.value if turn.finish_reason is not None else ""
         self._notify(self._observer.turn, turn.stats(now, outcome))
+
+    def _send_last(self, turn: Turn, last: Delta) -> None:
+        """Say that a turn is committed, once it is stored; what it answered need not wait for that."""
+        session, stream, usage = turn.session, turn.stream, last.usage
+        if self._journal is None or not session.id or usage is None or turn.cut is not None:
+            self._delivery.send(stream, turn.cut or last)
+            return
+        end = Delta(index=last.index + len(last.token_ids), finish_reason=last.finish_reason)
+        last.finish_reason = last.usage = None
+        if last.text or last.token_ids:
+            self._delivery.send(stream, last)
+
+        def tell(durable: bool) -> None:
+            end.usage = dataclasses.replace(usage, durable=durable)
+            deliver(stream, end)
+
+        self._after_flush.append(lambda: self.when_stored(session, tell))
+
+    def when_stored(self, session: Session, then: Callable[[bool], None]) -> None:
+        """Have something done when a session is stored as it is now: with True, or with False where it is
+        not. From any thread, in whichever."""
+        if self._journal is None:
+            then(False)
+        else:
+            self._journal.when_stored(session, then)
 
     def _fail(self, turn: Turn, error: errors.ApiaryError) -> None:
         """End a turn as if it had never been."""

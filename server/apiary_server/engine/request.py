@@ -7,6 +7,7 @@ served model or the settings (vocabulary, longest prompt, most tokens) are check
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated
 
 from pydantic import Field
@@ -34,8 +35,10 @@ class TurnRequest(Record):
     """One turn: appended input, then generated output.
 
     `session` is the id behind `sessions/`, or None for a one-shot request; `policy` is a one-shot
-    request's cache policy. `deadline` is in seconds of `time.monotonic()`. `trace` is carried to the
-    turn's `TurnStats` untouched.
+    request's cache policy. `deadline` is in seconds of `time.monotonic()`. `request_id` makes a turn of a
+    session idempotent: the same request again gets the same answer, from its token `next_index` on. `keep`:
+    where the turn is cut short, what its reader has taken stays as the answer. `wait`: for the turn of the
+    session that is in flight. `trace` is carried to the turn's `TurnStats` untouched.
     """
 
     input: Messages | Text | TokenIds
@@ -47,4 +50,14 @@ class TurnRequest(Record):
     priority: int = Field(0, ge=-100, le=100)
     policy: str | None = Field(None, min_length=1, max_length=256)
     deadline: float | None = None
+    request_id: str | None = Field(None, min_length=1, max_length=128)
+    next_index: int = Field(0, ge=0)
+    keep: bool = False
+    wait: bool = False
     trace: object = None
+
+    @property
+    def digest(self) -> str:
+        """Tells requests for different answers apart."""
+        asked = self.model_dump_json(include={"input", "sampling", "stopping", "logprobs"})
+        return hashlib.sha256(asked.encode()).hexdigest()

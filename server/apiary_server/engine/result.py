@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from apiary_server.model.types import TokenLogprob as TokenLogprob
+from apiary_server.sessions.info import RebuildReason
 
 
 class FinishReason(enum.Enum):
@@ -13,6 +14,7 @@ class FinishReason(enum.Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Usage:
     prefill_time: float
     decode_time: float
     seed: int
+    rebuild_reason: RebuildReason | None = None
+    durable: bool = False
 
 
 @dataclass(slots=True)
@@ -93,6 +97,7 @@ class Capacity:
     running_turns: int
     queued_turns: int
     queue_limit: int
+    store_degraded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,7 @@ class TurnStats:
 
     tenant: str
     session: str | None
-    outcome: str  # "stop", "length", or the error's class name
+    outcome: str  # a finish reason, or the error's class name
     arrived: float
     started: float | None
     first_token: float | None

@@ -78,6 +78,11 @@ class Scheduler:
 
     # the queue
 
+    def turns(self) -> tuple[Turn, ...]:
+        """All turns, running or waiting. For any thread; one that starts just now may be missing or be there
+        twice."""
+        return (*tuple(self.running), *tuple(self.waiting))
+
     def check_queue(self, tenant: str, arriving: Mapping[str, int]) -> None:
         """See whether one more turn of a tenant may wait. For any thread; waits for nothing.
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from apiary_server.engine.delivery import TokenStream
-from apiary_server.engine.request import TurnRequest
+from apiary_server.engine.request import Messages, TurnRequest
 from apiary_server.engine.result import Delta, FinishReason, TokenLogprob, TurnStats, Usage
+from apiary_server.errors import ApiaryError
 from apiary_server.model.detokenizer import Detokenizer
 from apiary_server.model.sampler import Choice, Sampled
-from apiary_server.sessions.session import Session
+from apiary_server.sessions.info import RebuildReason
+from apiary_server.sessions.session import Session, TurnRecord
 from apiary_server.sessions.transaction import Transaction
 
 
@@ -35,6 +38,9 @@ class Turn:
     stop_tokens: frozenset[int]
     seed: int
     cached_tokens: int
+    history: Sequence[tuple[int, bool]] = ()  # of a cache to rebuild, where its segments end; see `Session`
+    rebuild: RebuildReason | None = None
+    digest: str = ""  # of the request, if it has an id
     arrived: float = field(default_factory=time.monotonic)
 
     computed: int = 0
@@ -42,8 +48,12 @@ class Turn:
     delivered: int = 0  # generated tokens sent to the reader
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of generated tokens that are held back
     evicted: int = 0
-    replaying: bool = False  # feeding back what was delivered, after a stop string
+    replaying: bool = False  # feeding back what was delivered, and no more
     finish_reason: FinishReason | None = None
+    tail: str = ""  # text that was delivered of a token that was not
+    read_before: int = 0  # generated tokens that earlier calls of the same request took
+    detached: float | None = None  # since when nobody reads, and the same request may come again
+    cut: ApiaryError | None = None  # what cut it short, where the answer is kept
     started: float | None = None
     first_token: float | None = None
 
@@ -99,9 +109,9 @@ class Turn:
         """Make room for the next tokens; False if the turn has to wait for memory."""
         if self.computed < self.segment_end:
             return True
-        in_prompt = self.computed < self.prompt_end
-        end = self.prompt_end if in_prompt else len(self.tokens)
-        self.segment_end += self.transaction.begin_segment(end - self.computed, prompt=in_prompt)
+        stretches = (*self.history, (self.prompt_end, True), (len(self.tokens), False))
+        end, prompt = next((end, prompt) for end, prompt in stretches if self.computed < end)
+        self.segment_end += self.transaction.begin_segment(end - self.computed, prompt=prompt)
         return self.computed < self.segment_end
 
     def choice(self) -> Choice:
@@ -140,14 +150,27 @@ class Turn:
         delta = Delta(released.text, released.token_ids, self.delivered, self.logprobs[:count])
         del self.logprobs[:count]
         self.delivered += count
+        if self.detokenizer.stopped:
+            self.tail = self.detokenizer.tail
         if self.finish_reason is not None and not self.forgets:
             del self.tokens[self.prompt_end + self.delivered :]
         return delta
 
     @property
     def forgets(self) -> bool:
-        """Whether the cache holds tokens of a stop string, which the session must not keep."""
-        return self.finish_reason is FinishReason.STOP and self.computed > self.prompt_end + self.delivered
+        """Whether the cache holds tokens that were not delivered, which the session must not keep."""
+        return self.finish_reason is not None and self.computed > self.prompt_end + self.delivered
+
+    def keep(self, taken: int, error: ApiaryError) -> None:
+        """The turn is cut short: of its answer stays what its reader took, which is computed to its last
+        token, so that the outcome does not depend on how far the turn was ahead."""
+        self.cut, self.finish_reason = error, FinishReason.CANCELLED
+        self.delivered = taken
+        if self.forgets:
+            self.start_replay()
+        else:
+            del self.tokens[self.prompt_end + taken :]
+            self.replaying = True
 
     def start_replay(self) -> None:
         """Compute the turn again from its beginning, with only what was delivered."""
@@ -155,6 +178,29 @@ class Turn:
         del self.tokens[self.prompt_end + self.delivered :]
         self.computed = self.segment_end = self.evicted = 0
         self.replaying = True
+
+    def attach(self, request: TurnRequest, stream: TokenStream) -> None:
+        """Go on for the same request that came again."""
+        self.request, self.stream, self.detached = request, stream, None
+        self.read_before = min(request.next_index, self.delivered)
+        self.session.abandoned = lambda: stream.closed
+
+    def record(self) -> TurnRecord:
+        """What the session keeps of it."""
+        request = self.request
+        return TurnRecord(
+            prompt_tokens=self.prompt_end - self.carried,
+            completion_tokens=self.delivered,
+            chat=isinstance(request.input, Messages),
+            seen=self.cached_tokens + self.computed,
+            finish=self.finish_reason.value if self.finish_reason is not None else "",
+            seed=self.seed,
+            cached_tokens=self.cached_tokens,
+            evicted_entries=self.evicted,
+            tail=self.tail if self.cut is None else "",
+            request_id=request.request_id,
+            digest=self.digest,
+        )
 
     def usage(self, now: float) -> Usage:
         """What the turn cost."""
@@ -169,6 +215,7 @@ class Turn:
             prefill_time=first - started,
             decode_time=now - first,
             seed=self.seed,
+            rebuild_reason=self.rebuild,
         )
 
     def stats(self, now: float, outcome: str) -> TurnStats:

@@ -112,10 +112,13 @@ class Decoder:
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
         """As `Backend.forward`."""
-        return self.logits(self.hidden(tokens, positions, batch)[keep])
+        return self.logits(self.hidden(tokens, positions, batch, keep))
 
-    def hidden(self, tokens: Tensor, positions: Tensor, batch: Batch) -> Tensor:
-        """What the layers make of tokens: `[T, hidden]`; `logits` wants some of them."""
+    def hidden(self, tokens: Tensor, positions: Tensor, batch: Batch, keep: Tensor | None = None) -> Tensor:
+        """What the layers make of tokens: `[T, hidden]`, or of the rows `keep`, `[R, hidden]`.
+
+        The others need no more than to be in the last layer's cache.
+        """
         cos, sin = self._turns(positions)
         do, heads, kv = self.operations, self.query_heads, self.kv_heads
         rows, more = self.embed(tokens), None
@@ -130,6 +133,8 @@ class Decoder:
             queries, keys = do.rotate(qk, cos, sin).split((heads, kv), dim=1)
             values = qkv[:, heads + kv :]
             attended = do.attend(number, queries, keys, values, self.scale, batch)
+            if keep is not None and number == len(self.layers) - 1:
+                rows, attended = rows[keep], attended[keep]
             more = layer.output(attended.flatten(1))
             gate_up = layer.gate_up(do.add_norm(layer.mlp_norm, rows, more))
             more = layer.down(do.gated(gate_up, self.activation))

@@ -14,7 +14,8 @@ _LONGEST = 16  # tokens without a whole character that may still become one: it 
 
 @dataclass(slots=True)
 class Released:
-    """What may be shown now: text, and the tokens whose text is all out."""
+    """What may be shown now: text, and its tokens. The last text before a stop string may be of a token that
+    is not shown, since it has some of that, too."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -23,7 +24,8 @@ class Released:
 class Detokenizer:
     """Incremental text of one answer.
 
-    Text that may be the beginning of a stop string is held back until it is clear, with its tokens. Of
+    Text comes with its tokens: what may be the beginning of a stop string, or of a character, is held back
+    with the tokens that it is part of until that is clear, so an answer may be cut between any two. Of
     several stop strings the one that is complete first ends the answer; of those that are complete at once
     the one that begins first. So the outcome depends on the text alone, not on how tokens cut it.
 
@@ -46,6 +48,7 @@ class Detokenizer:
         self._tokens: deque[tuple[int, int]] = deque()  # (token, where its text ends), not yet released
         self._released_to = 0  # where the released text ends
         self.stopped = False
+        self.tail = ""  # of the released text, what belongs to a token that was not released
 
     @property
     def held(self) -> int:
@@ -59,11 +62,13 @@ class Detokenizer:
         if not self._fresh:
             end = self._released_to + len(self._text)
             self._tokens = deque((token, end if at < 0 else at) for token, at in self._tokens)
-        ends = [(at + len(stop), at) for stop in self._stop if (at := self._text.find(stop)) >= 0]
-        if ends:
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._text.find(stop)) >= 0]
+        if found:
             self.stopped = True
-            return self._release(min(ends)[1])
-        return self._release(len(self._text) - self._possible_stop())
+            end = min(found)[1]
+            self.tail = self._text[self._whole(end) : end]
+            return self._release(end)
+        return self._release(self._whole(len(self._text) - self._possible_stop()))
 
     def finish(self) -> Released:
         """The answer ended without a stop string: release the rest (but half a character)."""
@@ -100,6 +105,11 @@ class Detokenizer:
         while self._tokens and 0 <= self._tokens[0][1] <= self._released_to:
             released.token_ids.append(self._tokens.popleft()[0])
         return released
+
+    def _whole(self, length: int) -> int:
+        """Where the last token ends whose text is all in the first `length` characters."""
+        ends = [end - self._released_to for _, end in self._tokens if end >= 0]
+        return max((end for end in ends if end <= length), default=0)
 
     def _possible_stop(self) -> int:
         """The length of the longest end of the text that a stop string begins with."""

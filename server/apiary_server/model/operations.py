@@ -67,6 +67,8 @@ class Operations:
         """
         if len(batch.decodes) == 1 and not batch.chunks:
             return self.decode(layer, queries, keys, values, scale, batch.decodes[0])
+        if len(batch.chunks) == 1 and not batch.decodes:
+            return self.chunk(layer, queries, keys, values, scale, batch.chunks[0]).contiguous()
         output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
         for run in batch.decodes:
             rows = run.rows

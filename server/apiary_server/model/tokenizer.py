@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer as Backend
@@ -29,6 +30,12 @@ class Tokenizer:
         self.backend.no_padding()
         self.vocab_size = vocab_size
         self.chat = tokenizer.chat_template is not None
+
+    @property
+    def digest(self) -> str:
+        """Tells tokenizers apart: the same one makes and reads the same transcripts."""
+        parts = (self.backend.to_str(), repr(self._tokenizer.chat_template))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def encode(self, input: Text | Messages, *, first: bool = True, open_reply: bool = False) -> list[int]:
         """Token ids of a turn's input.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from apiary.v1 import generation_pb2 as pb
@@ -28,6 +29,8 @@ class GenerationService(GenerationServiceServicer):
         self._settings = settings
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        if request.on_cancel == pb.ON_CANCEL_KEEP:  # nothing is delivered before the end
+            request.on_cancel = pb.ON_CANCEL_DISCARD
         whole = Delta()
         async with contextlib.aclosing(self._turn(request, context)) as deltas:
             async for delta in deltas:
@@ -64,7 +67,7 @@ class GenerationService(GenerationServiceServicer):
             # here: refusals must not queue for a thread behind those who tokenise
             place = self._engine.reserve(who.tenant)
             # shielded: the place must be given back even if the caller leaves before a thread is free
-            opening = asyncio.ensure_future(asyncio.to_thread(self._open, request, who, stream, place))
+            opening = asyncio.ensure_future(self._open(request, who, stream, place))
             # asyncio would log an error that nobody is left to hear
             opening.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.shield(opening)
@@ -75,10 +78,18 @@ class GenerationService(GenerationServiceServicer):
         finally:
             stream.close()
 
-    def _open(self, request: pb.GenerateRequest, who: Caller, stream: TokenStream, place: Place) -> None:
+    async def _open(
+        self, request: pb.GenerateRequest, who: Caller, stream: TokenStream, place: Place
+    ) -> None:
+        queued = await asyncio.to_thread(self._begin, request, who, stream, place)
+        await asyncio.wrap_future(queued)
+
+    def _begin(
+        self, request: pb.GenerateRequest, who: Caller, stream: TokenStream, place: Place
+    ) -> Future[None]:
         try:
             turn = incoming.turn_request(request, who, self._engine.model.max_prompt_tokens)
         except BaseException:
             place.release()
             raise
-        self._engine.open(turn, stream, place)
+        return self._engine.open(turn, stream, place)

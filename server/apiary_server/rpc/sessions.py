@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -16,6 +17,8 @@ from apiary_server.rpc.convert import incoming, outgoing
 
 if TYPE_CHECKING:
     from apiary_server.engine.engine import Engine
+
+_Outcome = TypeVar("_Outcome")
 
 
 class SessionService(SessionServiceServicer):
@@ -29,7 +32,7 @@ class SessionService(SessionServiceServicer):
         new = incoming.new_session(request)
         with incoming.below("session"):
             info = self._engine.sessions.create(
-                tenant, new.id, new.policy, new.expire_time, new.ttl, new.labels
+                tenant, new.id, new.policy, new.expire_time, new.ttl, new.labels or {}
             )
         return outgoing.session(info)
 
@@ -46,19 +49,24 @@ class SessionService(SessionServiceServicer):
 
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> Empty:
         tenant = caller(context).tenant
-        freed = self._engine.delete_session(tenant, incoming.session_id(request.name, "name"))
-        # shielded: a caller that leaves does not stop a deletion half-way
-        await asyncio.shield(asyncio.wrap_future(freed))
+        await _whole(self._engine.keeper.delete(tenant, incoming.session_id(request.name, "name")))
         return Empty()
 
     async def UpdateSession(self, request: pb.UpdateSessionRequest, context: Context) -> pb.Session:
-        raise _not_yet("UpdateSession")
+        tenant = caller(context).tenant
+        id, change = incoming.change(request)
+        with incoming.below("session"):
+            return outgoing.session(await _whole(self._engine.keeper.update(tenant, id, change)))
 
     async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> pb.Session:
-        raise _not_yet("ForkSession")
+        tenant = caller(context).tenant
+        id, new = incoming.fork(request)
+        return outgoing.session(await _whole(self._engine.keeper.fork(tenant, id, new)))
 
     async def RewindSession(self, request: pb.RewindSessionRequest, context: Context) -> pb.Session:
-        raise _not_yet("RewindSession")
+        tenant = caller(context).tenant
+        id = incoming.session_id(request.name, "name")
+        return outgoing.session(await _whole(self._engine.keeper.rewind(tenant, id, request.turn_count)))
 
     async def GetCacheMap(self, request: pb.GetCacheMapRequest, context: Context) -> pb.CacheMap:
         raise _not_yet("GetCacheMap")
@@ -73,6 +81,11 @@ class SessionService(SessionServiceServicer):
         self, request: AsyncIterator[pb.ImportSessionRequest], context: Context
     ) -> pb.Session:
         raise _not_yet("ImportSession")
+
+
+async def _whole(change: Future[_Outcome]) -> _Outcome:
+    """Wait for a change; a caller that leaves does not stop it half-way."""
+    return await asyncio.shield(asyncio.wrap_future(change))
 
 
 def _not_yet(method: str) -> MethodNotImplemented:

@@ -21,10 +21,6 @@ _DETAILS_BYTES = 3600
 TABLE: dict[type[errors.ApiaryError], tuple[grpc.StatusCode, ErrorReason.ValueType]] = {
     errors.InvalidField: (grpc.StatusCode.INVALID_ARGUMENT, ErrorReason.ERROR_REASON_INVALID_FIELD),
     errors.MalformedMessage: (grpc.StatusCode.INVALID_ARGUMENT, ErrorReason.ERROR_REASON_MALFORMED_MESSAGE),
-    errors.FieldNotImplemented: (
-        grpc.StatusCode.UNIMPLEMENTED,
-        ErrorReason.ERROR_REASON_FIELD_NOT_IMPLEMENTED,
-    ),
     errors.MethodNotImplemented: (
         grpc.StatusCode.UNIMPLEMENTED,
         ErrorReason.ERROR_REASON_METHOD_NOT_IMPLEMENTED,

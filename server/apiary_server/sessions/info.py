@@ -11,9 +11,20 @@ class State(enum.Enum):
     """Where a session's cache lies."""
 
     EMPTY = "empty"
+    STORED = "stored"
     RESIDENT = "resident"
     PARKED = "parked"
     BUSY = "busy"
+
+
+class RebuildReason(enum.Enum):
+    """Why a session's cache has to be computed again from its transcript."""
+
+    SNAPSHOT_CORRUPT = "snapshot corrupt"
+    MODEL_CHANGED = "model changed"
+    POLICY_CHANGED = "policy changed"
+    REWOUND = "rewound"
+    RESTARTED = "restarted"
 
 
 @dataclass(frozen=True, slots=True)

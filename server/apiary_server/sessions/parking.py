@@ -9,7 +9,23 @@ import torch
 from torch import Tensor
 
 
-class Parking:
+class Parking(Protocol):
+    """Takes slots' bytes to host memory and brings them back."""
+
+    def park(self, slot: Tensor) -> Tensor:
+        """Copy a slot's bytes, uint8 `[bytes]`, to host memory."""
+
+    def unpark(self, parked: Tensor, slot: Tensor) -> None:
+        """Copy what `park` returned to a slot, which may be used then."""
+
+    def forget(self, parked: Tensor) -> None:
+        """Take back what `park` returned."""
+
+    def settle(self, slot: Tensor) -> None:
+        """Make sure that a slot may be written to: what was parked from there is not read there any more."""
+
+
+class PlainParking:
     """Plain memory: what is asked for is done when a call returns.
 
     One buffer that came back is kept, since sessions come and go in turns, and to touch fresh memory takes
@@ -20,22 +36,19 @@ class Parking:
         self._spare: Tensor | None = None
 
     def park(self, slot: Tensor) -> Tensor:
-        """Copy a slot's bytes, uint8 `[bytes]`, to host memory."""
         buffer, self._spare = self._spare, None
         if buffer is None or buffer.shape != slot.shape:
             buffer = torch.empty(slot.shape, dtype=torch.uint8)
         return buffer.copy_(slot)
 
     def unpark(self, parked: Tensor, slot: Tensor) -> None:
-        """Copy what `park` returned to a slot, which may be used then."""
         slot.copy_(parked)
 
     def forget(self, parked: Tensor) -> None:
-        """Take back what `park` returned."""
         self._spare = parked
 
     def settle(self, slot: Tensor) -> None:
-        """Make sure that a slot may be written to: what was parked from there is not read there any more."""
+        pass
 
 
 class Copy(Protocol):
@@ -61,7 +74,7 @@ class Copies(Protocol):
         """Begin a copy once the device's work so far is done."""
 
 
-class PinnedParking(Parking):
+class PinnedParking:
     """Pinned memory: copies run beside the device's work, which waits only where it needs their outcome.
 
     To pin memory is slow, so buffers are kept for later slots of the same size, as far as the budget allows.
@@ -72,7 +85,6 @@ class PinnedParking(Parking):
     """
 
     def __init__(self, budget: int, copies: Copies) -> None:
-        super().__init__()
         self._budget = budget
         self._copies = copies
         self._pinned = 0  # bytes of all buffers
@@ -149,7 +161,7 @@ class _CudaCopy:
 
 def parking_of(device: torch.device, budget: int) -> Parking:
     """How slots on a device are parked, up to `budget` bytes."""
-    return PinnedParking(budget, CudaCopies(device)) if device.type == "cuda" else Parking()
+    return PinnedParking(budget, CudaCopies(device)) if device.type == "cuda" else PlainParking()
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor
 
+from apiary_server.errors import BudgetExhausted
 from apiary_server.sessions.parking import Parking
 from apiary_server.sessions.pool import Lease, Pool, SlotLayout
 from apiary_server.sessions.session import Session
@@ -56,6 +57,35 @@ class Residency:
     def claim(self, layout: SlotLayout) -> Lease | None:
         """A second slot for a running turn, or None if it has to wait."""
         return self._lease(layout, leaving=set())
+
+    def copy(self, session: Session, into: Session) -> bool:
+        """Give a session a copy of another's cache, which is idle and stays where it is; False if there is no
+        room now."""
+        if session.cache is None:
+            return True
+        idle = self._idle.pop(id(session), None)  # so that it is not what moves out
+        lease = self._lease(session.layout, leaving={*self._running, session.layout})
+        if idle is not None:
+            self._idle[id(session)] = session
+        if lease is None:
+            return False
+        if session.lease is not None:
+            lease.memory.copy_(session.lease.memory)
+        elif session.parked is not None:
+            self._parking.unpark(session.parked, lease.memory)
+        into.lease, into.cache = lease, session.cache.twin(lease.buffers(session.policy.states))
+        self._idle[id(into)] = into
+        return True
+
+    def exhausted(self, layout: SlotLayout) -> BudgetExhausted:
+        """What to say where there is no room for a slot, and none can be made."""
+        return BudgetExhausted(
+            "idle sessions fill the cache budget and the parked budget; delete some or let them expire",
+            retry_after=5.0,
+            needed=layout.bytes,
+            used=self.pool.used_bytes,
+            budget=self.pool.budget,
+        )
 
     def settle(self, session: Session) -> None:
         """The session's turn is over: unpin what it holds. Sessions with nothing committed hold nothing."""

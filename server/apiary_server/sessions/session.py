@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from apiary_server.sessions.info import SessionInfo, State
+from apiary_server.sessions.info import RebuildReason, SessionInfo, State
 from apiary_server.sessions.pool import Lease, SlotLayout
 from buzz import Cache, Policy
 
@@ -18,12 +19,40 @@ from buzz import Cache, Policy
 class TurnRecord:
     """One committed turn: how many tokens of the transcript it appended, and how.
 
-    `chat` turns were rendered with the template, so the next messages must first close the reply.
+    `chat` turns were rendered with the template, so the next messages must first close the reply. `seen` is
+    how many of the session's tokens the cache had then; the others came with the next turn's prompt. The rest
+    is what to say when the same request comes again: it is known by `request_id`, if it had one, and its
+    `digest`. `tail` is text of the answer that no token of it has: a stop string may begin within a token.
     """
 
     prompt_tokens: int
     completion_tokens: int
     chat: bool
+    seen: int
+    finish: str = ""
+    seed: int = 0
+    cached_tokens: int = 0
+    evicted_entries: int = 0
+    tail: str = ""
+    request_id: str | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A committed turn of a session and the tokens of its answer."""
+
+    session: Session
+    record: TurnRecord
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """Whoever stands in line for a session's turn; `abandoned` tells whether the reader has gone."""
+
+    held: Future[Session]
+    abandoned: Callable[[], bool]
 
 
 @dataclass(eq=False, slots=True)
@@ -46,7 +75,10 @@ class Session:
     turns: list[TurnRecord] = field(default_factory=list)
     busy: bool = False
     abandoned: Callable[[], bool] = lambda: False  # whether the turn in flight has lost its reader
+    line: list[Waiter] = field(default_factory=list)  # who has the next turns
     deleted: bool = False
+    stored: int = 0  # how many of the first turns are in the store as they are here
+    rebuild: RebuildReason | None = None  # why there is no cache, but a transcript
 
     cache: Cache | None = None
     lease: Lease | None = None
@@ -59,6 +91,16 @@ class Session:
         seen = cache.seen if cache is not None else 0
         return self.transcript[seen:].tolist()
 
+    @property
+    def segments(self) -> list[tuple[int, bool]]:
+        """How the transcript came to the cache: where each prompt and each answer ended, and whether it was a
+        prompt."""
+        ends, start = [], 0
+        for turn in self.turns:
+            ends += [(start + turn.prompt_tokens, True), (turn.seen, False)]
+            start += turn.prompt_tokens + turn.completion_tokens
+        return ends
+
     def expired(self, now: float) -> bool:
         """Whether its time is over; a turn in flight may still finish."""
         return now >= self.expire_time
@@ -69,7 +111,7 @@ class Session:
         if self.busy:
             state = State.BUSY
         elif cache is None:
-            state = State.EMPTY
+            state = State.STORED if self.turns else State.EMPTY
         else:
             state = State.RESIDENT if self.lease is not None else State.PARKED
         return SessionInfo(

@@ -64,6 +64,11 @@ def same_caches(ensemble: Ensemble, alone: list[Alone]) -> None:
         assert torch.equal(mine, other), ours.policy
 
 
+def tolerance(single: Alone) -> float:
+    """Of logits: sums are taken in another order, and a value near the middle of two codes may get either."""
+    return 1e-4 if single.cache.policy.kivi is None else 0.05
+
+
 def test_a_prompt_and_tokens_of_its_own(together: Bench) -> None:
     policies = together.policies
     ensemble = Ensemble(together.loaded, policies, len(PROMPT) + 60)
@@ -72,13 +77,13 @@ def test_a_prompt_and_tokens_of_its_own(together: Bench) -> None:
     ensemble.resize(policies, 1)
     ensemble.end(leave=True)
     for mine, single in zip(behind, alone, strict=True):
-        torch.testing.assert_close(mine, single.feed(PROMPT)[[0, -1]], atol=1e-4, rtol=0)
+        torch.testing.assert_close(mine, single.feed(PROMPT)[[0, -1]], atol=tolerance(single), rtol=0)
     same_caches(ensemble, alone)
     for step in range(50):
         tokens = {i: 3 + (step * 17 + i * 5) % 250 for i in range(len(policies)) if (i + step) % 9}
         logits = ensemble.step(tokens)
         for row, (i, token) in zip(logits, tokens.items(), strict=True):
-            torch.testing.assert_close(row, alone[i].feed([token])[0], atol=1e-4, rtol=0)
+            torch.testing.assert_close(row, alone[i].feed([token])[0], atol=tolerance(alone[i]), rtol=0)
     same_caches(ensemble, alone)
     assert all(single.cache.evicted for single in alone if single.cache.policy.bound < 150)
 
@@ -93,7 +98,7 @@ def test_running_text(together: Bench) -> None:
         chunk = text[start : start + 16]
         behind = ensemble.read(chunk, at=range(len(chunk)))
         for mine, single in zip(behind, alone, strict=True):
-            torch.testing.assert_close(mine, single.feed(chunk), atol=1e-4, rtol=0)
+            torch.testing.assert_close(mine, single.feed(chunk), atol=tolerance(single), rtol=0)
         ensemble.end()
     same_caches(ensemble, alone)
 

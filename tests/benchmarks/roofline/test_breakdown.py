@@ -34,9 +34,9 @@ def test_every_part_of_a_step_is_seen(model_path: Path, setup: dict[str, str], w
     with Breakdown() as seen, bench.engine(3, seen) as bare:
         names = bare.create(3)
         asyncio.run(bare.turns(names, 100, 1))
-        asyncio.run(bare.turns(names, 1, 30))
+        asyncio.run(bare.turns(names, 1, 120))
     steps = seen.decoding(3)
-    assert 20 < len(steps) <= 30
+    assert 60 < len(steps) <= 120  # they come one after the other, and go so
     assert {part for step in steps for part in step.parts} == set(Part) - without
     for step in steps:
         assert step.seconds == sum(step.parts.values())

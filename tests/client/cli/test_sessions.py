@@ -60,6 +60,48 @@ def test_a_missing_session_is_told(apiary: Run) -> None:
 
 
 @pytest.mark.usefixtures("two")
+def test_update(apiary: Run) -> None:
+    said = apiary(
+        "sessions", "update", "alpha", "--label", "team=wasps", "--label", "of=1=2", "--policy", "full"
+    )
+    assert said.returncode == 0
+    assert "of=1=2, team=wasps" in said.stdout
+    assert "full" in said.stdout
+    updated = json.loads(apiary("sessions", "update", "beta", "--ttl", "90", "--json").stdout)
+    assert updated["name"] == "sessions/beta"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [((), "--policy, --ttl or --label"), (("--label", "team"), "not KEY=VALUE")]
+)
+def test_an_update_that_says_nothing(apiary: Run, flags: tuple[str, ...], said: str) -> None:
+    done = apiary("sessions", "update", "alpha", *flags)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.split())
+
+
+@pytest.mark.usefixtures("two")
+def test_rewind(apiary: Run) -> None:
+    kept = apiary("sessions", "rewind", "alpha", "--keep", "3", "--json")
+    assert json.loads(kept.stdout)["turn_count"] == 3
+    back = apiary("sessions", "rewind", "alpha", "--back", "1", "--json")
+    assert json.loads(back.stdout)["turn_count"] == 2
+    refused = apiary("sessions", "rewind", "alpha", "--back", "9")
+    assert (refused.returncode, refused.stderr) == (1, "error: alpha has 2 turns: --back is at most that\n")
+    for neither in ((), ("--keep", "1", "--back", "1")):
+        assert apiary("sessions", "rewind", "alpha", *neither).returncode == 2
+    beyond = apiary("sessions", "rewind", "alpha", "--keep", "9" * 20)
+    assert (beyond.returncode, beyond.stderr.count("\n")) == (1, 1)
+
+
+@pytest.mark.usefixtures("two")
+def test_fork(apiary: Run) -> None:
+    assert "sessions/gamma" in apiary("sessions", "fork", "alpha", "gamma").stdout
+    assert json.loads(apiary("sessions", "fork", "alpha", "--json").stdout)["name"] == "sessions/drawn"
+    assert apiary("sessions", "fork", "nobody").returncode == 1
+
+
+@pytest.mark.usefixtures("two")
 def test_delete(apiary: Run, worker: FakeWorker) -> None:
     done = apiary("sessions", "delete", "alpha", "sessions/beta")
     assert (done.returncode, worker.sessions) == (0, {})

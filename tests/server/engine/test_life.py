@@ -1,5 +1,8 @@
-"""A session's life at random: create, turn, cancel at any moment, delete, expire. The budget always holds, a
-turn that did not commit leaves nothing, and when all sessions are gone so is their memory."""
+"""A session's life at random: create, turn, cancel at any moment, fork, change the policy, delete, expire.
+
+The budget always holds, a turn leaves nothing or just what was read, and when all sessions are gone so is
+their memory.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from hypothesis.stateful import (
 from apiary_server import errors
 from apiary_server.engine.engine import Engine
 from apiary_server.sessions.pool import Geometry, SlotLayout
+from apiary_server.sessions.request import SessionChange
 from apiary_server.settings import Settings
 from apiary_server.worker import build
 from buzz import parse
@@ -52,7 +56,7 @@ class Life(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.transcripts: dict[str, list[int]] = {}
-        self.running: list[tuple[str, list[int], Reader, dict[str, object]]] = []
+        self.running: list[tuple[str, list[int], Reader, dict[str, object], bool]] = []
         self.number = 0
 
     @initialize(slots=st.integers(4, 9), step_tokens=st.sampled_from([7, 64, 256]), running=st.integers(1, 6))
@@ -80,15 +84,20 @@ class Life(RuleBasedStateMachine):
         except errors.InvalidField:
             assert policy in POLICIES[3:4] + POLICIES[6:], "those whose slots may be too large"
 
-    @rule(data=st.data(), length=st.sampled_from([1, 5, 40, 120, 700]), tokens=st.integers(1, 40))
+    @rule(
+        data=st.data(),
+        length=st.sampled_from([1, 5, 40, 120, 700]),
+        tokens=st.integers(1, 40),
+        keep=st.booleans(),
+    )
     @precondition(lambda self: self.transcripts)
-    def turn(self, data: st.DataObject, length: int, tokens: int) -> None:
+    def turn(self, data: st.DataObject, length: int, tokens: int, keep: bool) -> None:
         id = data.draw(st.sampled_from(sorted(self.transcripts)))
         prompt = [3 + (i * 7) % 250 for i in range(length)]
         before, busy = state(session(self.engine, id)), session(self.engine, id).busy
         reader = Reader()
         try:
-            self.engine.open(request(prompt, id, max_tokens=tokens), reader)
+            self.engine.open(request(prompt, id, max_tokens=tokens, keep=keep), reader)
         except errors.SessionBusy:
             assert busy
             return
@@ -97,7 +106,7 @@ class Life(RuleBasedStateMachine):
             assert same(before, state(session(self.engine, id)))
             return
         assert not busy
-        self.running.append((id, prompt, reader, before))
+        self.running.append((id, prompt, reader, before, keep))
 
     @rule(count=st.integers(1, 30))
     @precondition(lambda self: self.running)
@@ -114,11 +123,66 @@ class Life(RuleBasedStateMachine):
         self.step()
 
     @rule(data=st.data())
+    @precondition(lambda self: 0 < len(self.transcripts) < 12)
+    def fork(self, data: st.DataObject) -> None:
+        id = data.draw(st.sampled_from(sorted(self.transcripts)))
+        self.number += 1
+        new = f"s{self.number}"
+        if session(self.engine, id).busy:
+            with pytest.raises(errors.SessionBusy):
+                self.engine.keeper.fork("default", id, new)
+            return
+        before = state(session(self.engine, id)) | {"update_time": None}
+        forked = self.engine.keeper.fork("default", id, new)
+        self.step()
+        if isinstance(forked.exception(0), errors.BudgetExhausted):
+            with pytest.raises(errors.SessionNotFound):
+                self.engine.sessions.get("default", new)
+            return
+        assert forked.result(0).token_count == len(self.transcripts[id])
+        self.transcripts[new] = list(self.transcripts[id])
+        if session(self.engine, id).parked is None:
+            after = state(session(self.engine, new)) | {"update_time": None}
+            assert "keys" not in before or same(before, after)
+
+    @rule(data=st.data(), policy=st.sampled_from(POLICIES[1:]))
+    @precondition(lambda self: self.transcripts)
+    def change_policy(self, data: st.DataObject, policy: str) -> None:
+        id = data.draw(st.sampled_from(sorted(self.transcripts)))
+        before = str(session(self.engine, id).policy)
+        try:
+            changed = self.engine.keeper.update("default", id, SessionChange(policy=policy))
+        except errors.SessionBusy:
+            assert session(self.engine, id).busy
+            return
+        self.step()
+        if isinstance(changed.exception(0), errors.InvalidField | errors.ContextFull):
+            assert str(session(self.engine, id).policy) == before
+            assert not session(self.engine, id).busy
+        else:
+            assert changed.result(0).policy == str(session(self.engine, id).policy)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.transcripts)
+    def rewind(self, data: st.DataObject) -> None:
+        id = data.draw(st.sampled_from(sorted(self.transcripts)))
+        turns = [turn.prompt_tokens + turn.completion_tokens for turn in session(self.engine, id).turns]
+        count = data.draw(st.integers(0, len(turns)))
+        if session(self.engine, id).busy:
+            with pytest.raises(errors.SessionBusy):
+                self.engine.keeper.rewind("default", id, count)
+            return
+        rewound = self.engine.keeper.rewind("default", id, count)
+        self.step()
+        assert rewound.result(0).turn_count == count
+        del self.transcripts[id][sum(turns[:count]) :]
+
+    @rule(data=st.data())
     @precondition(lambda self: self.transcripts)
     def delete(self, data: st.DataObject) -> None:
         id = data.draw(st.sampled_from(sorted(self.transcripts)))
         del self.transcripts[id]
-        self.engine.delete_session("default", id)
+        self.engine.keeper.delete("default", id)
         self.step()
 
     @rule(data=st.data())
@@ -138,10 +202,11 @@ class Life(RuleBasedStateMachine):
         with torch.inference_mode():
             self.engine._loop.step()
         still = []
-        for id, prompt, reader, before in self.running:
+        for id, prompt, reader, before, keep in self.running:
+            kept = keep and isinstance(reader.error, errors.Cancelled) and reader.token_ids
             if not reader.ended:
-                still.append((id, prompt, reader, before))
-            elif id in self.transcripts and reader.error is None:
+                still.append((id, prompt, reader, before, keep))
+            elif id in self.transcripts and (reader.error is None or kept):
                 self.transcripts[id] += prompt + reader.token_ids
             elif id in self.transcripts:
                 assert isinstance(reader.error, errors.Cancelled | errors.BudgetExhausted), reader.error
@@ -179,7 +244,7 @@ class Life(RuleBasedStateMachine):
             self.step()
         assert not self.running
         for id in list(self.transcripts):
-            self.engine.delete_session("default", id)
+            self.engine.keeper.delete("default", id)
         self.engine._loop.post(lambda: None)
         with torch.inference_mode():
             self.engine._loop.step()

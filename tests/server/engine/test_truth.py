@@ -94,7 +94,7 @@ def test_a_prompt_beyond_the_trained_length_needs_no_more_memory(engine: Engine)
     assert record(engine, "long").cache is not None
     assert engine.sessions.get("default", "long").entries <= 564
     assert engine.sessions.get("default", "long").token_count == 13_408
-    engine.delete_session("default", "long")
+    engine.keeper.delete("default", "long")
     step(engine)
 
 

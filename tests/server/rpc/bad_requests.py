@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -142,19 +143,8 @@ def _turns() -> Iterator[BadRequest]:
     yield bad("policy of 10 kB", "policy", policy="buzz(" + "x" * 10_000)
     yield bad("unknown on_cancel", "on_cancel", on_cancel=99)
     yield bad("unknown when_busy", "when_busy", when_busy=-1)
-    for name, value in {
-        "request_id": "once",
-        "on_cancel": g.ON_CANCEL_KEEP,
-        "when_busy": g.WHEN_BUSY_WAIT,
-    }.items():
-        yield BadRequest(
-            f"{name} is for later",
-            STREAM,
-            turn(**{name: value}),
-            name,
-            UNIMPLEMENTED,
-            "FIELD_NOT_IMPLEMENTED",
-        )
+    yield BadRequest("a request id without a session", STREAM, turn(request_id="once"), "request_id")
+    yield BadRequest("a place in no answer", STREAM, turn(session="sessions/a", next_index=1), "next_index")
     gone = turn(session="sessions/unknown")
     yield BadRequest("unknown session", STREAM, gone, None, NOT_FOUND, "SESSION_NOT_FOUND")
     foreign = turn(session="sessions/known")
@@ -224,10 +214,61 @@ def _sessions() -> Iterator[BadRequest]:
     for token in ("?", "YQ", "YS9i", "ä", "YWJj\n", "A" * 10_000):
         request = s.ListSessionsRequest(page_token=token)
         yield BadRequest(f"list: token {token[:20]!r}", LIST, request, "page_token")
-    for method in ("UpdateSession", "ForkSession", "RewindSession", "GetCacheMap"):
-        path, reason = f"/apiary.v1.SessionService/{method}", "METHOD_NOT_IMPLEMENTED"
-        yield BadRequest(f"{method} is for later", path, b"", None, UNIMPLEMENTED, reason)
-    for method in ("ExportSession", "ImportSession"):
+    fork = "/apiary.v1.SessionService/ForkSession"
+    for name in ("", "work", "sessions/", "sessions/A"):
+        yield BadRequest(f"fork of {name!r}", fork, s.ForkSessionRequest(name=name), "name")
+    bad = s.ForkSessionRequest(name="sessions/a", session_id="A b")
+    yield BadRequest("fork: a malformed id", fork, bad, "session_id")
+    yield BadRequest(
+        "fork of nothing",
+        fork,
+        s.ForkSessionRequest(name="sessions/unknown"),
+        None,
+        grpc.StatusCode.NOT_FOUND,
+        "SESSION_NOT_FOUND",
+    )
+    update = "/apiary.v1.SessionService/UpdateSession"
+    name = "sessions/a"
+    for case, changed, paths, field in (
+        ("no name", s.Session(policy="full"), [], "session.name"),
+        ("nothing", s.Session(name=name), [], "session"),
+        ("what is output only", s.Session(name=name, turn_count=3), [], "session.turn_count"),
+        ("an unknown path", s.Session(name=name), ["colour"], "update_mask"),
+        ("an output's path", s.Session(name=name), ["turn_count"], "update_mask"),
+        ("a path that is not set", s.Session(name=name), ["ttl"], "session.ttl"),
+        ("no time to live", s.Session(name=name, ttl=Duration(seconds=0)), ["ttl"], "session.ttl"),
+        (
+            "too many labels",
+            s.Session(name=name, labels={str(i): "" for i in range(65)}),
+            [],
+            "session.labels",
+        ),
+    ):
+        yield BadRequest(
+            f"update: {case}",
+            update,
+            s.UpdateSessionRequest(session=changed, update_mask=FieldMask(paths=paths)),
+            field,
+        )
+    yield BadRequest(
+        "update of nothing",
+        update,
+        s.UpdateSessionRequest(session=s.Session(name="sessions/unknown", labels={"a": "b"})),
+        None,
+        grpc.StatusCode.NOT_FOUND,
+        "SESSION_NOT_FOUND",
+    )
+    rewind = "/apiary.v1.SessionService/RewindSession"
+    yield BadRequest("rewind of no name", rewind, s.RewindSessionRequest(turn_count=1), "name")
+    yield BadRequest(
+        "rewind of nothing",
+        rewind,
+        s.RewindSessionRequest(name="sessions/unknown"),
+        None,
+        grpc.StatusCode.NOT_FOUND,
+        "SESSION_NOT_FOUND",
+    )
+    for method in ("GetCacheMap", "ExportSession", "ImportSession"):
         path, reason = f"/apiary.v1.SessionService/{method}", "METHOD_NOT_IMPLEMENTED"
         yield BadRequest(f"{method} is for later", path, b"", None, UNIMPLEMENTED, reason)
 

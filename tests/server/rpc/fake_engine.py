@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from apiary_server import errors
 from apiary_server.engine.delivery import Delivery, TokenStream
@@ -14,6 +15,7 @@ from apiary_server.engine.places import Place, Places
 from apiary_server.engine.request import Messages, Text, TokenIds, TurnRequest
 from apiary_server.engine.result import Capacity, Delta, FinishReason, ModelInfo, TokenLogprob, Usage
 from apiary_server.sessions.info import SessionInfo, State
+from apiary_server.sessions.request import SessionChange
 
 VOCABULARY = 49_152
 
@@ -59,6 +61,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.model = MODEL
         self.sessions = FakeSessions()
+        self.keeper = FakeKeeper(self.sessions)
         self.healthy = True
         self.on_unhealthy: Callable[[], None] | None = None
         self.full = False
@@ -93,7 +96,7 @@ class FakeEngine:
             raise errors.QueueFull("the queue is full", retry_after=2.5)
         return self.places.take(tenant, lambda _tenant, _taken: None)
 
-    def open(self, request: TurnRequest, stream: TokenStream, place: Place) -> None:
+    def open(self, request: TurnRequest, stream: TokenStream, place: Place) -> Future[None]:
         place.release()
         self.opening.set()
         time.sleep(self.admission)
@@ -105,6 +108,9 @@ class FakeEngine:
         self.requests.append(request)
         self.running += 1
         threading.Thread(target=self._answer, args=(request, stream), daemon=True).start()
+        queued: Future[None] = Future()
+        queued.set_result(None)
+        return queued
 
     def tokenize(self, input: Text | Messages) -> list[int]:
         texts = [input.text] if isinstance(input, Text) else [one.content for one in input.messages]
@@ -116,12 +122,6 @@ class FakeEngine:
 
     def capacity(self) -> Capacity:
         return CAPACITY
-
-    def delete_session(self, tenant: str, id: str) -> Future[None]:
-        self.sessions.remove(tenant, id)
-        done: Future[None] = Future()
-        threading.Timer(0.01, done.set_result, (None,)).start()
-        return done
 
     def _check(self, request: TurnRequest) -> None:
         most = self.model.max_tokens
@@ -164,6 +164,51 @@ class FakeEngine:
         if request.session is not None:
             self.sessions.end(request.tenant, request.session)
         self.running -= 1
+
+
+class FakeKeeper:
+    """The interface of `apiary_server.engine.keeper.Keeper`."""
+
+    def __init__(self, sessions: FakeSessions) -> None:
+        self._sessions = sessions
+
+    def update(self, tenant: str, id: str, change: SessionChange) -> Future[SessionInfo]:
+        updated: Future[SessionInfo] = Future()
+        info = self._sessions.get(tenant, id)
+        changes: dict[str, Any] = {}
+        if change.policy is not None:
+            changes["policy"] = check_policy(change.policy)
+        if change.labels is not None:
+            changes["labels"] = change.labels
+        if change.expire_time is not None or change.ttl is not None:
+            changes["expire_time"] = change.expire_time or info.create_time + (change.ttl or 0.0)
+        self._sessions.table[tenant, id] = dataclasses.replace(info, **changes)
+        threading.Timer(0.01, updated.set_result, (self._sessions.table[tenant, id],)).start()
+        return updated
+
+    def rewind(self, tenant: str, id: str, turns: int) -> Future[SessionInfo]:
+        rewound: Future[SessionInfo] = Future()
+        info = self._sessions.get(tenant, id)
+        if turns > info.turn_count:
+            raise errors.InvalidField([("turn_count", f"is {turns}, and {info.turn_count} turns are there")])
+        threading.Timer(0.01, rewound.set_result, (dataclasses.replace(info, turn_count=turns),)).start()
+        return rewound
+
+    def fork(self, tenant: str, id: str, new: str | None) -> Future[SessionInfo]:
+        forked: Future[SessionInfo] = Future()
+        source = self._sessions.get(tenant, id)
+        if (tenant, new) in self._sessions.table:
+            raise errors.SessionExists(f"sessions/{new}")
+        info = dataclasses.replace(source, id=new or "drawn")
+        self._sessions.table[tenant, info.id] = info
+        threading.Timer(0.01, forked.set_result, (info,)).start()
+        return forked
+
+    def delete(self, tenant: str, id: str) -> Future[None]:
+        self._sessions.remove(tenant, id)
+        done: Future[None] = Future()
+        threading.Timer(0.01, done.set_result, (None,)).start()
+        return done
 
 
 class FakeSessions:

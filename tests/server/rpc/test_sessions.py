@@ -7,6 +7,7 @@ import time
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from apiary.v1 import session_pb2 as pb
@@ -62,14 +63,14 @@ async def test_get_and_delete(stub: SessionServiceStub) -> None:
 
 async def test_delete_waits_for_the_memory(stub: SessionServiceStub, engine: FakeEngine) -> None:
     await stub.CreateSession(pb.CreateSessionRequest(session_id="a"))
-    delete, freed = engine.delete_session, []
+    delete, freed = engine.keeper.delete, []
 
     def spy(tenant: str, id: str) -> object:
         done = delete(tenant, id)
         done.add_done_callback(lambda _: freed.append(id))
         return done
 
-    engine.delete_session = spy  # type: ignore[method-assign, assignment]
+    engine.keeper.delete = spy  # type: ignore[method-assign, assignment]
     await stub.DeleteSession(pb.DeleteSessionRequest(name="sessions/a"))
     assert freed == ["a"]
 
@@ -118,3 +119,37 @@ async def test_import_is_for_later_whatever_is_streamed(stub: SessionServiceStub
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.ImportSession(iter(requests), timeout=10)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_fork(stub: SessionServiceStub) -> None:
+    await stub.CreateSession(pb.CreateSessionRequest(session_id="a", session=pb.Session(labels={"a": "b"})))
+    forked = await stub.ForkSession(pb.ForkSessionRequest(name="sessions/a", session_id="b"))
+    assert forked.name == "sessions/b"
+    assert dict(forked.labels) == {"a": "b"}
+    assert (await stub.ForkSession(pb.ForkSessionRequest(name="sessions/a"))).name == "sessions/drawn"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ForkSession(pb.ForkSessionRequest(name="sessions/a", session_id="b"))
+    assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+
+
+async def test_update(stub: SessionServiceStub) -> None:
+    await stub.CreateSession(pb.CreateSessionRequest(session_id="a", session=pb.Session(labels={"a": "b"})))
+
+    async def update(paths: list[str], **settings: object) -> pb.Session:
+        session = pb.Session(name="sessions/a", **settings)  # type: ignore[arg-type]
+        mask = FieldMask(paths=paths)
+        return await stub.UpdateSession(pb.UpdateSessionRequest(session=session, update_mask=mask))
+
+    assert dict((await update([], labels={"c": "d"})).labels) == {"c": "d"}
+    assert (await update(["ttl"], ttl=Duration(seconds=90))).expire_time.seconds == 1_700_000_090
+    assert (await update(["policy"], policy="full", labels={"e": "f"})).labels == {"c": "d"}
+    assert dict((await update(["labels"])).labels) == {}
+    assert (await update(["*"], policy="buzz")).policy.startswith("buzz(")
+
+
+async def test_rewind(stub: SessionServiceStub) -> None:
+    await stub.CreateSession(pb.CreateSessionRequest(session_id="a"))
+    assert (await stub.RewindSession(pb.RewindSessionRequest(name="sessions/a"))).turn_count == 0
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.RewindSession(pb.RewindSessionRequest(name="sessions/a", turn_count=1))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apiary_server import worker
 from apiary_server.engine.engine import Engine
-from apiary_server.sessions.parking import Copy, CudaCopies, Parking, PinnedParking, parking_of
+from apiary_server.sessions.parking import Copy, CudaCopies, Parking, PinnedParking, PlainParking, parking_of
 from tests.server.driver import ask, create, step
 
 KIB = 2**10
@@ -73,7 +73,7 @@ def filled(size: int, value: int) -> Tensor:
 
 def test_plain_memory_is_copied_at_once() -> None:
     parking, slot = parking_of(torch.device("cpu"), KIB), filled(64, 7)
-    assert type(parking) is Parking
+    assert type(parking) is PlainParking
     parked = parking.park(slot)
     parking.settle(slot.fill_(1))
     other = filled(64, 0)
@@ -166,7 +166,7 @@ def test_sessions_answer_as_if_they_had_never_been_parked(
     assert copies[0].pinned
     for engine in (roomy, tight):
         for number in range(10):
-            engine.delete_session("default", str(number))
+            engine.keeper.delete("default", str(number))
         step(engine)
         assert engine.capacity().parked_bytes == 0
 
@@ -245,7 +245,7 @@ def test_a_gpus_slots_come_back_as_they_were() -> None:
 
 
 def test_a_buffer_that_came_back_is_used_again() -> None:
-    parking, slots = Parking(), [torch.randint(256, (KIB,), dtype=torch.uint8) for _ in range(3)]
+    parking, slots = PlainParking(), [torch.randint(256, (KIB,), dtype=torch.uint8) for _ in range(3)]
     first = parking.park(slots[0])
     home = first.data_ptr()
     parking.forget(first)

@@ -10,7 +10,7 @@ import base64
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as Protobuf
@@ -22,10 +22,10 @@ from apiary.v1 import model_pb2 as mpb
 from apiary.v1 import session_pb2 as spb
 from apiary_server.engine.request import Messages, Text, TokenIds, TurnRequest
 from apiary_server.engine.result import ModelInfo
-from apiary_server.errors import FieldNotImplemented, InvalidField, ModelNotFound
+from apiary_server.errors import InvalidField, ModelNotFound
 from apiary_server.rpc.caller import Caller
 from apiary_server.rpc.convert.outgoing import model_name
-from apiary_server.sessions.request import SESSION_ID, NewSession
+from apiary_server.sessions.request import SESSION_ID, NewSession, SessionChange
 from apiary_server.telemetry import Origin
 
 DEFAULT_PAGE, LONGEST_PAGE = 50, 1000
@@ -37,7 +37,8 @@ _ROLES = {
     gpb.ChatMessage.ROLE_ASSISTANT: "assistant",
 }
 # Output only. The AIPs would have a server ignore them in a request; here nothing is ignored.
-_SESSION_OUTPUT = ("name", "create_time", "update_time", "state", "turn_count", "token_count", "cache")
+_SESSION_OUTPUT = ("create_time", "update_time", "state", "turn_count", "token_count", "cache")
+_SETTINGS = ("policy", "expire_time", "ttl", "labels")
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -47,7 +48,6 @@ def turn_request(message: gpb.GenerateRequest, caller: Caller, longest: int) -> 
 
     Raises:
         InvalidField: with the protobuf path of every field that is wrong.
-        FieldNotImplemented: a field that this server cannot honour yet.
     """
     match message.WhichOneof("input"):
         case "messages":
@@ -60,9 +60,13 @@ def turn_request(message: gpb.GenerateRequest, caller: Caller, longest: int) -> 
             raise InvalidField([("input", "is required: one of messages, text, token_ids")])
     if message.session and message.policy:
         raise InvalidField([("policy", "a session has its own: leave this field or the session empty")])
+    if not message.session and (message.request_id or message.next_index):
+        raise InvalidField([("request_id", "needs a session, which keeps the answer: name one")])
+    if message.next_index and not message.request_id:
+        raise InvalidField([("next_index", "needs the request_id of the answer that it is a place in")])
     _check_enum("on_cancel", message.on_cancel, gpb.OnCancel.values())
     _check_enum("when_busy", message.when_busy, gpb.WhenBusy.values())
-    request = _build(
+    return _build(
         TurnRequest,
         "",
         input=given,
@@ -74,18 +78,12 @@ def turn_request(message: gpb.GenerateRequest, caller: Caller, longest: int) -> 
         priority=message.priority,
         policy=message.policy or None,
         deadline=caller.deadline,
+        request_id=message.request_id or None,
+        next_index=message.next_index,
+        keep=message.on_cancel == gpb.ON_CANCEL_KEEP,
+        wait=message.when_busy == gpb.WHEN_BUSY_WAIT,
         trace=Origin("chat" if isinstance(given, Messages) else "text_completion", caller.trace_headers),
     )
-    refused = {
-        "request_id": message.request_id != "",
-        "on_cancel": message.on_cancel == gpb.ON_CANCEL_KEEP,
-        "when_busy": message.when_busy == gpb.WHEN_BUSY_WAIT,
-    }
-    if any(refused.values()):
-        raise FieldNotImplemented(
-            [(name, "is not implemented yet: leave it unset") for name, is_set in refused.items() if is_set]
-        )
-    return request
 
 
 def tokenize_input(message: gpb.TokenizeRequest) -> Text | Messages:
@@ -145,21 +143,45 @@ def new_session(message: spb.CreateSessionRequest) -> NewSession:
     Raises:
         InvalidField: with the protobuf path of every field that is wrong, output-only fields included.
     """
+    _refuse_output(message.session, ("name", *_SESSION_OUTPUT))
+    settings = _settings(message.session, _SETTINGS)
+    return _build(NewSession, "session", id=_new_id(message.session_id), **settings)
+
+
+def change(message: spb.UpdateSessionRequest) -> tuple[str, SessionChange]:
+    """The id of a session, and what to change of it: the fields of the mask, or without one those that are
+    set (AIP-134).
+
+    Raises:
+        InvalidField: with the protobuf path of every field that is wrong.
+    """
     session = message.session
-    given = {descriptor.name for descriptor, _ in session.ListFields()}
-    if wrong := [(f"session.{name}", "is output only") for name in _SESSION_OUTPUT if name in given]:
-        raise InvalidField(wrong)
-    if message.session_id and not _is_session_id(message.session_id):
-        raise InvalidField([("session_id", f"must be {_ID_RULE}")])
-    return _build(
-        NewSession,
-        "session",
-        id=message.session_id or None,
-        policy=session.policy or None,
-        expire_time=_seconds(session.expire_time, "session.expire_time") if "expire_time" in given else None,
-        ttl=_seconds(session.ttl, "session.ttl") if "ttl" in given else None,
-        labels=dict(session.labels),
-    )
+    id = session_id(session.name, "session.name")
+    _refuse_output(session, _SESSION_OUTPUT)
+    paths = list(message.update_mask.paths)
+    if "*" in paths:
+        paths = [*_SETTINGS]
+    if unknown := [path for path in paths if path not in _SETTINGS]:
+        why = f"has {', '.join(unknown)}; what can be changed is {', '.join(_SETTINGS)}"
+        raise InvalidField([("update_mask", why)])
+    settings = _settings(session, paths or _SETTINGS)
+    for path in paths:
+        if path == "labels":
+            settings["labels"] = dict(session.labels)  # none, if none are set
+        elif path not in settings and message.update_mask.paths != ["*"]:
+            raise InvalidField([(f"session.{path}", "is in the update mask, and not set")])
+    if not settings:
+        raise InvalidField([("session", f"names nothing to change: set one of {', '.join(_SETTINGS)}")])
+    return id, _build(SessionChange, "session", **settings)
+
+
+def fork(message: spb.ForkSessionRequest) -> tuple[str, str | None]:
+    """The id of the session to copy, and of the copy (None: to be drawn).
+
+    Raises:
+        InvalidField: one of them is malformed.
+    """
+    return session_id(message.name, "name"), _new_id(message.session_id)
 
 
 def session_id(name: str, field: str) -> str:
@@ -252,6 +274,30 @@ def _fields(message: Protobuf) -> dict[str, object]:
 def _check_enum(field: str, value: int, known: Sequence[int]) -> None:
     if value not in known:
         raise InvalidField([(field, f"has no value {value}")])
+
+
+def _refuse_output(session: spb.Session, names: Sequence[str]) -> None:
+    given = {descriptor.name for descriptor, _ in session.ListFields()}
+    if wrong := [(f"session.{name}", "is output only") for name in names if name in given]:
+        raise InvalidField(wrong)
+
+
+def _settings(session: spb.Session, names: Sequence[str]) -> dict[str, Any]:
+    """The settings that are set, of those named."""
+    given: dict[str, Any] = {}
+    for descriptor, value in session.ListFields():
+        if descriptor.name not in names:
+            continue
+        if isinstance(value, Duration | Timestamp):
+            value = _seconds(value, f"session.{descriptor.name}")
+        given[descriptor.name] = dict(value) if descriptor.name == "labels" else value
+    return given
+
+
+def _new_id(text: str) -> str | None:
+    if text and not _is_session_id(text):
+        raise InvalidField([("session_id", f"must be {_ID_RULE}")])
+    return text or None
 
 
 def _is_session_id(text: str) -> bool:

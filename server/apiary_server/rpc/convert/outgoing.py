@@ -13,10 +13,11 @@ from apiary.v1 import generation_pb2 as gpb
 from apiary.v1 import model_pb2 as mpb
 from apiary.v1 import session_pb2 as spb
 from apiary_server.engine.result import Capacity, Delta, FinishReason, ModelInfo, TokenLogprob, Usage
-from apiary_server.sessions.info import SessionInfo, State
+from apiary_server.sessions.info import RebuildReason, SessionInfo, State
 
 _STATES = {
     State.EMPTY: spb.Session.STATE_EMPTY,
+    State.STORED: spb.Session.STATE_STORED,
     State.RESIDENT: spb.Session.STATE_RESIDENT,
     State.PARKED: spb.Session.STATE_PARKED,
     State.BUSY: spb.Session.STATE_BUSY,
@@ -25,6 +26,16 @@ _FINISH_REASONS = {
     None: gpb.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: gpb.FINISH_REASON_STOP,
     FinishReason.LENGTH: gpb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: gpb.FINISH_REASON_CANCELLED,
+}
+
+_REBUILD_REASONS = {
+    None: gpb.Usage.REBUILD_REASON_UNSPECIFIED,
+    RebuildReason.SNAPSHOT_CORRUPT: gpb.Usage.REBUILD_REASON_SNAPSHOT_CORRUPT,
+    RebuildReason.MODEL_CHANGED: gpb.Usage.REBUILD_REASON_MODEL_CHANGED,
+    RebuildReason.POLICY_CHANGED: gpb.Usage.REBUILD_REASON_POLICY_CHANGED,
+    RebuildReason.REWOUND: gpb.Usage.REBUILD_REASON_REWOUND,
+    RebuildReason.RESTARTED: gpb.Usage.REBUILD_REASON_RESTARTED,
 }
 
 
@@ -97,6 +108,8 @@ def _usage(usage: Usage) -> gpb.Usage:
         queue_time=_duration(usage.queue_time),
         prefill_time=_duration(usage.prefill_time),
         decode_time=_duration(usage.decode_time),
+        rebuild_reason=_REBUILD_REASONS[usage.rebuild_reason],
+        durable=usage.durable,
         seed=usage.seed,
     )
 

@@ -14,7 +14,7 @@ from apiary.v1 import generation_pb2 as g
 from apiary.v1 import model_pb2 as m
 from apiary.v1 import session_pb2 as s
 from apiary_server.engine.request import Sampling, Stopping, Text
-from apiary_server.errors import FieldNotImplemented, InvalidField, ModelNotFound
+from apiary_server.errors import InvalidField, ModelNotFound
 from apiary_server.rpc.caller import Caller
 from apiary_server.rpc.convert import incoming, outgoing
 from apiary_server.sessions.request import LONGEST_LIFE, NewSession
@@ -96,9 +96,10 @@ def test_message_and_model_have_the_same_fields(message: type, model: type[BaseM
 
 def test_every_field_of_a_turn_is_read_or_refused() -> None:
     input_only = {"messages", "text", "token_ids"}
-    refused = {"request_id", "on_cancel", "when_busy"}
+    named_otherwise = {"keep": "on_cancel", "wait": "when_busy"}
     ours = set(incoming.TurnRequest.model_fields) - {"input", "tenant", "deadline", "trace"}
-    assert {field.name for field in g.GenerateRequest.DESCRIPTOR.fields} == ours | input_only | refused
+    names = {named_otherwise.get(name, name) for name in ours}
+    assert {field.name for field in g.GenerateRequest.DESCRIPTOR.fields} == names | input_only
 
 
 def test_all_violations_are_named() -> None:
@@ -122,15 +123,25 @@ def test_violations_do_not_quote_the_prompt() -> None:
         assert secret not in str(_refused(lambda request=request: _turn(request)))
 
 
-def test_what_is_wrong_comes_before_what_is_for_later() -> None:
-    later = g.GenerateRequest(text="hi", request_id="x")
-    later.on_cancel, later.when_busy = g.ON_CANCEL_KEEP, g.WHEN_BUSY_WAIT
-    with pytest.raises(FieldNotImplemented) as caught:
-        _turn(later)
-    assert [field for field, _ in caught.value.violations] == ["request_id", "on_cancel", "when_busy"]
-    later.priority = 101
-    violations = _refused(lambda: _turn(later))
-    assert [field for field, _ in violations] == ["priority"]
+def test_a_turn_that_may_be_asked_for_again() -> None:
+    message = g.GenerateRequest(text="hi", session="sessions/a", request_id="x", next_index=3)
+    message.on_cancel, message.when_busy = g.ON_CANCEL_KEEP, g.WHEN_BUSY_WAIT
+    turn = _turn(message)
+    assert (turn.request_id, turn.next_index, turn.keep, turn.wait) == ("x", 3, True, True)
+    plain = _turn(g.GenerateRequest(text="hi", session="sessions/a"))
+    assert (plain.request_id, plain.next_index, plain.keep, plain.wait) == (None, 0, False, False)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("request_id", g.GenerateRequest(text="hi", request_id="x")),
+        ("request_id", g.GenerateRequest(text="hi", session="sessions/a", request_id="x" * 129)),
+        ("next_index", g.GenerateRequest(text="hi", session="sessions/a", next_index=3)),
+    ],
+)
+def test_request_ids_that_name_nothing(field: str, message: g.GenerateRequest) -> None:
+    assert [name for name, _ in _refused(lambda: _turn(message))] == [field]
 
 
 def test_the_longest_input() -> None:
@@ -159,7 +170,7 @@ def test_a_new_session() -> None:
 def test_every_field_of_a_session_is_read_or_refused() -> None:
     ours = set(NewSession.model_fields) - {"id"}
     fields = {field.name for field in s.Session.DESCRIPTOR.fields}
-    assert fields == ours | set(incoming._SESSION_OUTPUT)
+    assert fields == ours | {"name"} | set(incoming._SESSION_OUTPUT)
 
 
 def test_the_longest_life() -> None:

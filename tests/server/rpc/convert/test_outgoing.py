@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from apiary.v1 import generation_pb2 as g
 from apiary.v1 import session_pb2 as s
 from apiary_server.engine.result import Delta, FinishReason
@@ -15,10 +17,7 @@ def test_every_state_and_finish_reason_has_a_value() -> None:
     states = {outgoing._STATES[state] for state in State}
     assert states == set(s.Session.State.values()) - {s.Session.STATE_UNSPECIFIED}
     reasons = {outgoing._FINISH_REASONS[reason] for reason in FinishReason}
-    assert reasons == set(g.FinishReason.values()) - {
-        g.FINISH_REASON_UNSPECIFIED,
-        g.FINISH_REASON_CANCELLED,  # comes with on_cancel: KEEP
-    }
+    assert reasons == set(g.FinishReason.values()) - {g.FINISH_REASON_UNSPECIFIED}
 
 
 def test_a_first_delta_says_little() -> None:
@@ -27,7 +26,9 @@ def test_a_first_delta_says_little() -> None:
 
 
 def test_a_last_delta_says_all() -> None:
-    message = outgoing.stream_response(Delta("", [], 4, [], FinishReason.STOP, USAGE))
+    message = outgoing.stream_response(
+        Delta("", [], 4, [], FinishReason.STOP, dataclasses.replace(USAGE, durable=True))
+    )
     assert message.finish_reason == g.FINISH_REASON_STOP
     named = {field.name for field, _ in message.usage.ListFields()}
     assert named == {field.name for field in g.Usage.DESCRIPTOR.fields} - {"rebuild_reason"}

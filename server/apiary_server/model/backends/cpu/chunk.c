@@ -27,20 +27,22 @@ typedef struct {
 } Chunk;
 
 typedef struct {
-    int64_t head, first, tokens, view, stride, vectors; /* view: entries that the last token sees */
+    int64_t head, first, tokens, view, lanes, stride, vectors; /* view: entries that the last token sees; lanes: whole LANES of them */
     const float *keys; /* of the head, in blocks of KEYS, channel by channel */
-    float *queries, *output, *weights;
+    float *queries, *output;
+    float *weights, *factors; /* what makes a vector's weights sum to 1 */
 } Tile;
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 INLINE int64_t sees(const Chunk *task, int64_t token) { return task->entries - task->tokens + token + 1; }
 
 /* A head's keys [first, first + KEYS), channel by channel; zeros behind the last. */
 FOR_EACH_PROCESSOR static void transpose(const Chunk *task, int64_t head, int64_t first, float *restrict into) {
     int64_t dim = task->dim, from = head * task->cache_head + first * dim;
     int64_t count = smaller(KEYS, task->entries - first);
-    for (int64_t d = 0; d < dim; d++)
-        for (int64_t k = 0; k < KEYS; k++)
+    for (int64_t k = 0; k < KEYS; k++)
+        for (int64_t d = 0; d < dim; d++)
             into[d * KEYS + k] = k < count ? element(task->keys, from + k * dim + d, task->bfloat16) : 0;
 }
 
@@ -105,22 +107,23 @@ INLINE void narrow_sums(int64_t vectors, int bfloat16, int64_t view, int64_t dim
         }
 }
 
+/* into: of the tile's tokens the last to which an entry mattered, plus one, or the mass of their weights. */
 INLINE void record_tile(const Chunk *task, const Tile *tile, const State *state, float *restrict into) {
-    for (int64_t j = 0; j < tile->view; j++) into[j] = 0;
+    int64_t group = task->group, stride = tile->stride;
+    memset(into, 0, sizeof(float) * tile->lanes);
     for (int64_t t = 0; t < tile->tokens; t++) {
-        const float *restrict weights = tile->weights + t * task->group * tile->stride;
+        const float *restrict weights = tile->weights + t * group * stride, *factors = tile->factors + t * group;
         int64_t view = sees(task, tile->first + t);
-        if (state->votes) { /* into: the tile's last token to which the entry mattered, plus one */
-            for (int64_t g = 0; g < task->group; g++)
+        if (state->votes) {
+            for (int64_t g = 0; g < group; g++)
                 for (int64_t j = 0; j < view; j++)
-                    into[j] = weights[g * tile->stride + j] * (float)view >= 1.0f ? (float)(t + 1) : into[j];
-        } else {
-            float decay = state->decay;
-            if (decay != 1.0f)
-                for (int64_t j = 0; j < tile->view; j++) into[j] *= decay;
-            for (int64_t g = 0; g < task->group; g++)
-                for (int64_t j = 0; j < view; j++) into[j] += weights[g * tile->stride + j];
-        }
+                    into[j] = weights[g * stride + j] * factors[g] * (float)view >= 1.0f ? (float)(t + 1) : into[j];
+        } else
+            for (int64_t j = 0; j < tile->lanes; j += LANES) {
+                Lanes sum = *(Lanes *)(into + j) * state->decay;
+                for (int64_t g = 0; g < group; g++) sum += *(const Lanes *)(weights + g * stride + j) * factors[g];
+                *(Lanes *)(into + j) = sum;
+            }
     }
 }
 
@@ -151,11 +154,11 @@ FOR_EACH_PROCESSOR static void work(const Chunk *task, const Tile *tile, float *
     }
     for (v = 0; v < tile->vectors; v++) {
         int64_t view = sees(task, tile->first + v / task->group);
-        softmax(tile->weights + v * stride, view, 1.0f);
-        for (int64_t j = view; j < tile->view; j++) tile->weights[v * stride + j] = 0;
+        tile->factors[v] = exponentials(tile->weights + v * stride, view, 1.0f);
+        for (int64_t j = view; j < tile->lanes; j++) tile->weights[v * stride + j] = 0;
     }
     for (int64_t s = 0; s < task->states; s++)
-        record_tile(task, tile, &task->state[s], recorded + s * task->entries);
+        record_tile(task, tile, &task->state[s], recorded + s * stride);
     int64_t channel = 0;
     memset(output, 0, sizeof(float) * tile->vectors * dim);
 #define SUM(COUNT, BFLOAT16)                                                                                     \
@@ -170,17 +173,19 @@ FOR_EACH_PROCESSOR static void work(const Chunk *task, const Tile *tile, float *
 #undef SUM
     if (channel < dim)
         narrow_sums(tile->vectors, task->bfloat16, tile->view, dim, tile->weights, stride, values, channel, output);
-    for (int64_t t = 0; t < tile->tokens; t++)
-        memcpy(task->output + ((tile->first + t) * task->kv_heads + tile->head) * task->group * dim,
-               output + t * task->group * dim, sizeof(float) * task->group * dim);
+    for (v = 0; v < tile->vectors; v++) {
+        int64_t token = tile->first + v / task->group, query = tile->head * task->group + v % task->group;
+        float *restrict into = task->output + (token * task->kv_heads * task->group + query) * dim;
+        for (int64_t d = 0; d < dim; d++) into[d] = output[v * dim + d] * tile->factors[v];
+    }
 }
 
-/* Adds to a head's state what the tiles recorded, `[tiles, states, entries]`, in their order. */
+/* Adds to a head's state what the tiles recorded, `[tiles, states, stride]`, in their order. */
 FOR_EACH_PROCESSOR static void add_up(const Chunk *task, int64_t head, int64_t s, int64_t tile_tokens,
-                                      const float *recorded) {
+                                      int64_t stride, const float *recorded) {
     const State *state = &task->state[s];
-    for (int64_t first = 0; first < task->tokens; first += tile_tokens, recorded += task->states * task->entries) {
-        const float *restrict from = recorded + s * task->entries;
+    for (int64_t first = 0; first < task->tokens; first += tile_tokens, recorded += task->states * stride) {
+        const float *restrict from = recorded + s * stride;
         int64_t tokens = smaller(tile_tokens, task->tokens - first), view = sees(task, first + tokens - 1);
         if (state->votes) {
             int32_t *restrict last = (int32_t *)state->into + task->layer * state->layer + head * state->head;
@@ -198,14 +203,14 @@ FOR_EACH_PROCESSOR static void add_up(const Chunk *task, int64_t head, int64_t s
 int apiary_attend_chunk(const Chunk *task) {
     int64_t most = FLOATS / (task->group * task->entries), dim = task->dim;
     int64_t tokens = most < 1 ? 1 : smaller(most, TILE), tiles = (task->tokens + tokens - 1) / tokens;
-    int64_t stride = (task->entries + KEYS - 1) / KEYS * KEYS, vectors = tokens * task->group;
-    int64_t kept = task->states * task->entries;
+    int64_t stride = whole(task->entries, KEYS), vectors = tokens * task->group;
+    int64_t kept = task->states * stride;
     float *recorded = malloc(sizeof(float) * (task->kv_heads * tiles * kept + 1));
     float *keys = malloc(sizeof(float) * task->kv_heads * stride * dim);
     int failed = recorded == NULL || keys == NULL;
 #pragma omp parallel reduction(| : failed)
     {
-        float *memory = malloc(sizeof(float) * vectors * (stride + 2 * dim));
+        float *memory = malloc(sizeof(float) * vectors * (stride + 2 * dim + 1));
         failed |= memory == NULL || recorded == NULL || keys == NULL;
 #pragma omp for collapse(2)
         for (int64_t head = 0; head < task->kv_heads; head++)
@@ -221,19 +226,21 @@ int apiary_attend_chunk(const Chunk *task) {
                 .first = first,
                 .tokens = here,
                 .view = sees(task, first + here - 1),
+                .lanes = whole(sees(task, first + here - 1), LANES),
                 .stride = stride,
                 .vectors = here * task->group,
                 .keys = keys + head * stride * dim,
                 .queries = memory + vectors * stride,
                 .output = memory + vectors * (stride + dim),
                 .weights = memory,
+                .factors = memory + vectors * (stride + 2 * dim),
             };
             work(task, &piece, recorded + (head * tiles + tile) * kept);
         }
 #pragma omp for collapse(2)
         for (int64_t head = 0; head < task->kv_heads; head++)
             for (int64_t s = 0; s < task->states; s++)
-                if (!failed) add_up(task, head, s, tokens, recorded + head * tiles * kept);
+                if (!failed) add_up(task, head, s, tokens, stride, recorded + head * tiles * kept);
         free(memory);
     }
     free(recorded);

@@ -11,10 +11,12 @@
 #define FOR_EACH_PROCESSOR
 #endif
 
-/* Cephes' polynomial of 2^x for what is left of the exponent; to 2 units in the last place. */
-INLINE float exponential(float x) {
-    x *= 1.44269504f;
-    x = x < -126.0f ? -126.0f : x > 127.0f ? 127.0f : x;
+enum { LEAST = -126, MOST = 127 }; /* exponents of normal numbers */
+
+/* 2^x for x of at most MOST, LEAST at the least: Cephes' polynomial of what is left of the exponent, to 2 units in
+   the last place. */
+INLINE float power_of_2(float x) {
+    x = x < LEAST ? LEAST : x;
     float whole = floorf(x), part = x - whole, power = 1.535336188e-4f;
     power = power * part + 1.339887440e-3f;
     power = power * part + 9.618437358e-3f;
@@ -22,10 +24,18 @@ INLINE float exponential(float x) {
     power = power * part + 2.402264791e-1f;
     power = power * part + 6.931472029e-1f;
     power = power * part + 1.0f;
-    int32_t bits = ((int32_t)whole + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return power * scale;
+    int32_t bits; /* of 2^part, to whose exponent the rest is added */
+    memcpy(&bits, &power, sizeof bits);
+    bits += (int32_t)whole * (1 << 23);
+    memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
+#define LOG2_E 1.44269504f
+
+INLINE float exponential(float x) {
+    x *= LOG2_E;
+    return power_of_2(x > MOST ? MOST : x);
 }
 
 enum { MOST_STATES = 2 };
@@ -58,12 +68,18 @@ INLINE float largest(const float *restrict values, int64_t count) {
     return result;
 }
 
-INLINE void softmax(float *restrict logits, int64_t entries, float scale) {
-    float most = largest(logits, entries), sum = 0;
+/* Softmax but for a factor, which it returns. */
+INLINE float exponentials(float *restrict logits, int64_t entries, float scale) {
+    scale *= LOG2_E;
+    float most = largest(logits, entries) * scale, sum = 0;
     for (int64_t j = 0; j < entries; j++) {
-        logits[j] = exponential((logits[j] - most) * scale);
+        logits[j] = power_of_2(logits[j] * scale - most);
         sum += logits[j];
     }
-    float factor = 1.0f / sum;
+    return 1.0f / sum;
+}
+
+INLINE void softmax(float *restrict logits, int64_t entries, float scale) {
+    float factor = exponentials(logits, entries, scale);
     for (int64_t j = 0; j < entries; j++) logits[j] *= factor;
 }

@@ -1,0 +1,56 @@
+"""Sessions as stores keep them, and back."""
+
+from __future__ import annotations
+
+from array import array
+
+from apiary_server.sessions.info import RebuildReason
+from apiary_server.sessions.pool import SlotLayout
+from apiary_server.sessions.session import Session
+from apiary_server.sessions.store import Change, StoredSession, StoredSettings, StoredTurn
+from buzz import Policy
+
+
+def change_of(session: Session) -> Change:
+    """What the store lacks of a session, which counts as stored now."""
+    if session.deleted:
+        return Change(session.tenant, session.id, None)
+    kept, session.stored = session.stored, len(session.turns)
+    records = session.turns[kept:]
+    start = len(session.transcript) - sum(each.prompt_tokens + each.completion_tokens for each in records)
+    turns = []
+    for record in records:
+        end = start + record.prompt_tokens + record.completion_tokens
+        turns.append(StoredTurn(record, session.transcript[start:end]))
+        start = end
+    settings = StoredSettings(
+        policy=str(session.policy),
+        ttl=session.ttl,
+        expire_time=session.expire_time,
+        labels=session.labels,
+        create_time=session.create_time,
+        update_time=session.update_time,
+    )
+    return Change(session.tenant, session.id, settings, kept, turns)
+
+
+def session_of(stored: StoredSession, policy: Policy, layout: SlotLayout, rebuild: RebuildReason) -> Session:
+    """A session without a cache; `rebuild` says why, if it had one."""
+    settings, transcript = stored.settings, array("I")
+    for turn in stored.turns:
+        transcript.extend(turn.tokens)
+    return Session(
+        id=stored.id,
+        tenant=stored.tenant,
+        policy=policy,
+        layout=layout,
+        ttl=settings.ttl,
+        expire_time=settings.expire_time,
+        labels=settings.labels,
+        create_time=settings.create_time,
+        update_time=settings.update_time,
+        transcript=transcript,
+        turns=[turn.record for turn in stored.turns],
+        stored=len(stored.turns),
+        rebuild=rebuild if stored.turns else None,
+    )
