@@ -265,7 +265,7 @@ class Scheduler:
         """How many tokens must be computed, at the least, until a turn that arrives has its first."""
         prompt, rank = turn.remaining, self._rank(turn)
         mine, others, decoding = float(prompt), Counter[str](), set()
-        for other in (*tuple(self.running), *tuple(self.waiting)):
+        for other in self.turns():
             if other.decoding:
                 decoding.add(other.tenant)
             elif other in self._stalled:

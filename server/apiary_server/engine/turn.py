@@ -50,7 +50,6 @@ class Turn:
     evicted: int = 0
     replaying: bool = False  # feeding back what was delivered, and no more
     finish_reason: FinishReason | None = None
-    tail: str = ""  # text that was delivered of a token that was not
     read_before: int = 0  # generated tokens that earlier calls of the same request took
     detached: float | None = None  # since when nobody reads, and the same request may come again
     cut: ApiaryError | None = None  # what cut it short, where the answer is kept
@@ -109,8 +108,10 @@ class Turn:
         """Make room for the next tokens; False if the turn has to wait for memory."""
         if self.computed < self.segment_end:
             return True
-        stretches = (*self.history, (self.prompt_end, True), (len(self.tokens), False))
-        end, prompt = next((end, prompt) for end, prompt in stretches if self.computed < end)
+        end, prompt = len(self.tokens), False
+        if self.computed < self.prompt_end:
+            stretches = (*self.history, (self.prompt_end, True))
+            end, prompt = next(stretch for stretch in stretches if self.computed < stretch[0])
         self.segment_end += self.transaction.begin_segment(end - self.computed, prompt=prompt)
         return self.computed < self.segment_end
 
@@ -150,8 +151,6 @@ class Turn:
         delta = Delta(released.text, released.token_ids, self.delivered, self.logprobs[:count])
         del self.logprobs[:count]
         self.delivered += count
-        if self.detokenizer.stopped:
-            self.tail = self.detokenizer.tail
         if self.finish_reason is not None and not self.forgets:
             del self.tokens[self.prompt_end + self.delivered :]
         return delta
@@ -197,7 +196,7 @@ class Turn:
             seed=self.seed,
             cached_tokens=self.cached_tokens,
             evicted_entries=self.evicted,
-            tail=self.tail if self.cut is None else "",
+            tail=self.detokenizer.tail if self.cut is None else "",
             request_id=request.request_id,
             digest=self.digest,
         )

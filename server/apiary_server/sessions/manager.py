@@ -234,7 +234,7 @@ class SessionManager:
                     return Answer(
                         session, record, session.transcript[end - record.completion_tokens : end].tolist()
                     )
-                end -= record.prompt_tokens + record.completion_tokens
+                end -= record.tokens
         return None
 
     def end_turn(
@@ -246,9 +246,7 @@ class SessionManager:
                 session.transcript.extend(tokens)
                 session.turns.append(record)
                 session.rebuild = None
-                session.update_time = time.time()
-                if session.ttl is not None:
-                    session.expire_time = session.update_time + session.ttl
+                session.touch()
             self._next_expiry = min(self._next_expiry, session.expire_time)
             over = session.deleted or session.expired(time.time())
             heir = None if over else _first(session)
@@ -291,12 +289,10 @@ class SessionManager:
         """Take the turns of a session back but for its first ones; the caller has its turn, and sees to the
         cache. A lifetime that counts from the last turn begins anew."""
         with self._lock:
-            gone = sum(turn.prompt_tokens + turn.completion_tokens for turn in session.turns[turns:])
+            gone = sum(turn.tokens for turn in session.turns[turns:])
             del session.turns[turns:], session.transcript[len(session.transcript) - gone :]
             session.stored = min(session.stored, turns)
-            session.update_time = time.time()
-            if session.ttl is not None:
-                session.expire_time = session.update_time + session.ttl
+            session.touch()
         self.on_change(session)
 
     def fitting(self, session: Session, policy: str | None) -> tuple[Policy, SlotLayout]:

@@ -37,6 +37,11 @@ class TurnRecord:
     request_id: str | None = None
     digest: str = ""
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens of the transcript are its."""
+        return self.prompt_tokens + self.completion_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -98,8 +103,14 @@ class Session:
         ends, start = [], 0
         for turn in self.turns:
             ends += [(start + turn.prompt_tokens, True), (turn.seen, False)]
-            start += turn.prompt_tokens + turn.completion_tokens
+            start += turn.tokens
         return ends
+
+    def touch(self) -> None:
+        """It was used now: a lifetime that counts from the last turn begins anew."""
+        self.update_time = time.time()
+        if self.ttl is not None:
+            self.expire_time = self.update_time + self.ttl
 
     def expired(self, now: float) -> bool:
         """Whether its time is over; a turn in flight may still finish."""

@@ -66,18 +66,10 @@ class SqliteStore:
     def load(self) -> Iterator[StoredSession]:
         """As `Store.load`."""
         with self._explained():
-            for (
-                tenant,
-                id,
-                policy,
-                ttl,
-                expire_time,
-                labels,
-                create_time,
-                update_time,
-            ) in self._connection.execute(
+            rows = self._connection.execute(
                 "SELECT tenant, id, policy, ttl, expire_time, labels, create_time, update_time FROM sessions"
-            ):
+            )
+            for tenant, id, policy, ttl, expire_time, labels, *times in rows:
                 turns = self._connection.execute(
                     "SELECT record, tokens FROM turns WHERE tenant = ? AND id = ? ORDER BY number",
                     (tenant, id),
@@ -85,7 +77,7 @@ class SqliteStore:
                 yield StoredSession(
                     tenant,
                     id,
-                    StoredSettings(policy, ttl, expire_time, json.loads(labels), create_time, update_time),
+                    StoredSettings(policy, ttl, expire_time, json.loads(labels), *times),
                     [StoredTurn(TurnRecord(**json.loads(record)), _tokens(blob)) for record, blob in turns],
                 )
 

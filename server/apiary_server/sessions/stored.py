@@ -17,10 +17,10 @@ def change_of(session: Session) -> Change:
         return Change(session.tenant, session.id, None)
     kept, session.stored = session.stored, len(session.turns)
     records = session.turns[kept:]
-    start = len(session.transcript) - sum(each.prompt_tokens + each.completion_tokens for each in records)
+    start = len(session.transcript) - sum(each.tokens for each in records)
     turns = []
     for record in records:
-        end = start + record.prompt_tokens + record.completion_tokens
+        end = start + record.tokens
         turns.append(StoredTurn(record, session.transcript[start:end]))
         start = end
     settings = StoredSettings(
