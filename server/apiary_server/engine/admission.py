@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from apiary_server import errors
-from apiary_server.engine.delivery import TokenStream, deliver
+from apiary_server.engine.delivery import TokenStream
 from apiary_server.engine.door import Door
 from apiary_server.engine.loop import Loop
 from apiary_server.engine.places import Place, Places
@@ -137,14 +136,8 @@ class Admission:
         opening.queued.set_result(None)
 
     def _replay(self, opening: _Opening, answer: Answer) -> None:
-        stream, whole = opening.stream, self._door.replay(opening.request, answer)
-
-        def tell(durable: bool) -> None:
-            if whole.usage is not None:
-                whole.usage = dataclasses.replace(whole.usage, durable=durable)
-            deliver(stream, whole)
-
-        self._loop.when_stored(answer.session, tell)
+        whole = self._door.replay(opening.request, answer)
+        self._loop.deliver_stored(answer.session, opening.stream, whole)
         opening.done()
 
     def _go_on(self, opening: _Opening, work: Callable[[], None]) -> None:

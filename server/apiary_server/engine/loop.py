@@ -271,16 +271,21 @@ class Loop:
         if self._journal is None or not session.id or usage is None or turn.cut is not None:
             self._delivery.send(stream, turn.cut or last)
             return
-        end = Delta(index=last.index + len(last.token_ids), finish_reason=last.finish_reason)
+        end = Delta(index=last.index + len(last.token_ids), finish_reason=last.finish_reason, usage=usage)
         last.finish_reason = last.usage = None
         if last.text or last.token_ids:
             self._delivery.send(stream, last)
+        self._after_flush.append(lambda: self.deliver_stored(session, stream, end))
+
+    def deliver_stored(self, session: Session, stream: TokenStream, end: Delta) -> None:
+        """Hand over the end of an answer when its session is stored, or is not. From any thread."""
 
         def tell(durable: bool) -> None:
-            end.usage = dataclasses.replace(usage, durable=durable)
+            if end.usage is not None:
+                end.usage = dataclasses.replace(end.usage, durable=durable)
             deliver(stream, end)
 
-        self._after_flush.append(lambda: self.when_stored(session, tell))
+        self.when_stored(session, tell)
 
     def when_stored(self, session: Session, then: Callable[[bool], None]) -> None:
         """Have something done when a session is stored as it is now: with True, or with False where it is
