@@ -52,6 +52,10 @@ bench-quality: model ## Measure what cache policies cost in quality on the evalu
 test: lint model ## Lint, type-check, and run all tests; pytest's arguments in ARGS
 	@$(bin)/python -m pytest $(ARGS)
 
+.PHONY: test-kills
+test-kills: $(stamp) ## Kill workers 200 times, at random and at each point of a commit: nothing may be lost
+	@$(bin)/python -m pytest tests/system/test_kills.py --kills 200 $(ARGS)
+
 .PHONY: lint
 lint: $(stamp) proto-check ## Check style, formatting, types and the protobuf files
 	@$(bin)/ruff check .

@@ -13,6 +13,7 @@ from buzz.policies.h2o import H2O
 from buzz.policies.streaming import Streaming
 from buzz.policies.window import Window
 from buzz.policy import MAX_STATES, Compaction, Policy, PolicyError, Positions, State, View
+from buzz.regions import Kind, Region
 from buzz.registry import names, parse, register
 from buzz.rotary import Rotary
 
@@ -29,10 +30,12 @@ __all__ = [
     "Corm",
     "Elastic",
     "Full",
+    "Kind",
     "Policy",
     "PolicyError",
     "Positions",
     "Record",
+    "Region",
     "Rotary",
     "State",
     "Streaming",

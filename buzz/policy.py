@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from buzz.quant import BITS, BLOCK
+from buzz.regions import Kind, Region, in_order
 
 Positions = Literal["in_cache", "original"]
 MAX_BOUND = 2**20
@@ -200,6 +201,17 @@ class Policy(ABC):
     @abstractmethod
     def compact(self, view: View) -> Compaction:
         """Apply the rule once; the caller repeats while `due`."""
+
+    def regions(self, n: int, sampled: int, seen: int) -> tuple[Region, ...]:
+        """Why the entries of a cache at rest are there: in order and without gaps, the same of all layers and
+        heads. All are of the middle, unless a policy knows better.
+
+        Args:
+            n: how many there are.
+            sampled: how many of them are sampled already.
+            seen: tokens ever appended.
+        """
+        return in_order(n, (Kind.MIDDLE, n))
 
     def quantised(self, n: int, packed: int) -> int:
         """How many of `n` entries at a segment's end will lie in few bits, where the first `packed` do."""

@@ -88,7 +88,7 @@ def test_the_arguments_are_settings_that_serve(container: dict[str, Any], pod: d
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert settings.listen == f"0.0.0.0:{ports['grpc']}"
     assert settings.metrics_port == ports["metrics"]
-    assert pod["spec"]["terminationGracePeriodSeconds"] > settings.drain_grace + 5
+    assert pod["spec"]["terminationGracePeriodSeconds"] > settings.drain_grace + 15
 
 
 def test_ports_agree(container: dict[str, Any]) -> None:

@@ -28,8 +28,9 @@ MAY_IMPORT = {  # of our own; rpc -> engine -> sessions, model -> buzz
     "engine": {"engine", "model", "sessions", "buzz", "words"},
     "rpc": {"rpc", "engine", "sessions", "words", "settings", "telemetry", "apiary.v1"},
 }
-WORDS = {  # plain data that every layer of the worker shares
+WORDS = {  # what every layer of the worker shares
     "apiary_server.errors",
+    "apiary_server.limits",
 }
 
 

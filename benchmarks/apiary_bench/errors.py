@@ -19,3 +19,7 @@ class SettingsError(BenchError):
 
 class LoadError(BenchError):
     """A turn that prepares a load was not completed, so there is nothing to measure."""
+
+
+class VoidError(BenchError):
+    """What was measured is not what it was to be, so its times say nothing; the message says why."""

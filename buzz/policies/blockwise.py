@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from buzz.policy import Policy, PolicyError
+from buzz.regions import Kind, Region, in_order
 
 _BLOCK = 32
 
@@ -53,6 +54,14 @@ class Blockwise(Policy):
 
     def due(self, n: int, sampled: int) -> bool:
         return n > self.bound
+
+    def _around(self, chosen: Kind, n: int, seen: int, *, sink: int = 0, recent: int) -> tuple[Region, ...]:
+        """Sinks, what the last compaction chose, what has come since, and the most recent.
+
+        A compaction leaves `rest` entries, the `recent` last of which it did not choose.
+        """
+        end = self.rest - recent if seen > n else 0
+        return in_order(n, (Kind.SINK, sink), (chosen, end), (Kind.MIDDLE, n - recent), (Kind.WINDOW, n))
 
     def sized(self, bound: int) -> Self:
         other = Policy.sized(dataclasses.replace(self, block=None), bound)

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from buzz.policy import Compaction, Policy, PolicyError, State, View
+from buzz.regions import Kind, Region, in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,3 +82,14 @@ class Buzz(Policy):
         kept = score.gather(-1, index)
         kept[..., : self.sink + old.shape[-1]] = 0
         return Compaction(index, old.shape[-1] + new.shape[-1], {"score": kept})
+
+    def regions(self, n: int, sampled: int, seen: int) -> tuple[Region, ...]:
+        """Sinks, the sampled middle (the best of their cells at first, every `(stride + 1) // 2`-th of those
+        since), the new middle, and the window."""
+        return in_order(
+            n,
+            (Kind.SINK, self.sink),
+            (Kind.SAMPLED, self.sink + sampled),
+            (Kind.MIDDLE, n - self.window),
+            (Kind.WINDOW, n),
+        )

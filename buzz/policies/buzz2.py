@@ -11,6 +11,7 @@ from torch import Tensor
 from buzz.policies.blockwise import Blockwise
 from buzz.policy import Compaction, PolicyError, Positions, State, View
 from buzz.ranking import honeycomb
+from buzz.regions import Kind, Region
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,12 @@ class Buzz2(Blockwise):
         hot = self.hot * places // (self.hot + self.cells)
         kept = self.sink + honeycomb(self._importance(view, middle), hot, places - hot)
         return Compaction(torch.cat([view.span(0, self.sink), kept, view.span(middle.stop, view.n)], dim=-1))
+
+    def regions(self, n: int, sampled: int, seen: int) -> tuple[Region, ...]:
+        """Sinks, what the last compaction chose, what has come since, and the window. The hot lie among the
+        best of the cells, and count as those; without cells they are heavy."""
+        chosen = Kind.CELL if self.cells else Kind.HEAVY
+        return self._around(chosen, n, seen, sink=self.sink, recent=self.window)
 
     def _importance(self, view: View, some: slice) -> Tensor:
         """Of some of the entries, `[..., kv_heads, m]`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from buzz.policies.blockwise import Blockwise
 from buzz.policy import Compaction, PolicyError, State, View
+from buzz.regions import Kind, Region, in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,18 @@ class Cascade(Blockwise):
             kept.append(filled[..., -self.size :])
         kept.append(view.span(0, self.sink))
         return Compaction(torch.cat(kept[::-1], dim=-1))
+
+    def regions(self, n: int, sampled: int, seen: int) -> tuple[Region, ...]:
+        """Sinks, the buffers that accept the best of several offers, and buffer 0. Until something is evicted
+        nothing has been offered to anyone."""
+        thinned = self.bound - self.size if seen > n else 0
+        return in_order(
+            n,
+            (Kind.SINK, self.sink),
+            (Kind.CELL, thinned),
+            (Kind.MIDDLE, n - self.size),
+            (Kind.WINDOW, n),
+        )
 
     def _scaled(self, bound: int) -> dict[str, int]:
         """The buffers share it, and the sinks take what does not divide; at a smaller one they shrink too."""

@@ -10,6 +10,7 @@ import torch
 from buzz.policies.blockwise import Blockwise
 from buzz.policy import Compaction, PolicyError, State, View
 from buzz.ranking import top
+from buzz.regions import Kind, Region
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,10 @@ class Corm(Blockwise):
         count = self.rest - self.recent
         kept = top(view.state["score"][..., :older], count, preferred=mattered)
         return Compaction(torch.cat([kept, view.span(older, view.n)], dim=-1))
+
+    def regions(self, n: int, sampled: int, seen: int) -> tuple[Region, ...]:
+        """What mattered, what has come since that was asked, and the recent."""
+        return self._around(Kind.HEAVY, n, seen, recent=self.recent)
 
     def _scaled(self, bound: int) -> dict[str, int]:
         """The recent entries keep their share."""

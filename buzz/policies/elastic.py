@@ -11,6 +11,7 @@ from torch import Tensor
 from buzz.policies.blockwise import Blockwise
 from buzz.policy import Compaction, State, View
 from buzz.ranking import top
+from buzz.regions import Kind, Region
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,13 @@ class Elastic(Blockwise):
             dim=-1,
         )
         return Compaction(index, merge=joined)
+
+    def regions(self, n: int, sampled: int, seen: int) -> tuple[Region, ...]:
+        """Sinks, what the last compaction left between, what has come since, and what every compaction leaves
+        of the recent. Left for its score counts as heavy, and so does what decoding left before the block
+        that goes: counts do not tell which of the two it was."""
+        recent = min(self.recent, self.distance)
+        return self._around(Kind.HEAVY, n, seen, sink=self.sink, recent=recent)
 
 
 def _nearest(places: Tensor, each: Tensor) -> Tensor:

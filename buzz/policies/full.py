@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from buzz.policy import Compaction, Policy, PolicyError, View
+from buzz.regions import Kind, Region, in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,10 @@ class Full(Policy):
     def compact(self, view: View) -> Compaction:
         """Keep all."""
         return Compaction(view.span(0, view.n), view.sampled)
+
+    def regions(self, n: int, sampled: int, seen: int) -> tuple[Region, ...]:
+        """A window on everything."""
+        return in_order(n, (Kind.WINDOW, n))
 
     @property
     def evicts(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from buzz.policies.blockwise import Blockwise
 from buzz.policy import Compaction, State, View
 from buzz.ranking import top
+from buzz.regions import Kind, Region
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +49,7 @@ class H2O(Blockwise):
         older = view.n - self.recent
         heavy = top(view.state["score"][..., :older], self.rest - self.recent)
         return Compaction(torch.cat([heavy, view.span(older, view.n)], dim=-1))
+
+    def regions(self, n: int, sampled: int, seen: int) -> tuple[Region, ...]:
+        """The heavy hitters, what has come since they were chosen, and the recent."""
+        return self._around(Kind.HEAVY, n, seen, recent=self.recent)

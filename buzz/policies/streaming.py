@@ -9,6 +9,7 @@ import torch
 
 from buzz.policies.blockwise import Blockwise
 from buzz.policy import Compaction, View
+from buzz.regions import Kind, Region, in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +42,7 @@ class Streaming(Blockwise):
         """Keep the sink and the most recent: `rest` entries, the same of all heads."""
         recent = view.span(view.n - (self.rest - self.sink), view.n)
         return Compaction(torch.cat([view.span(0, self.sink), recent], dim=-1))
+
+    def regions(self, n: int, sampled: int, seen: int) -> tuple[Region, ...]:
+        """The sink and the window."""
+        return in_order(n, (Kind.SINK, self.sink), (Kind.WINDOW, n))

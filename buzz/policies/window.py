@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from buzz.policies.blockwise import Blockwise
 from buzz.policy import Compaction, View
+from buzz.regions import Kind, Region, in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +37,7 @@ class Window(Blockwise):
     def compact(self, view: View) -> Compaction:
         """Keep the most recent: `rest` entries, the same of all heads."""
         return Compaction(view.span(view.n - self.rest, view.n))
+
+    def regions(self, n: int, sampled: int, seen: int) -> tuple[Region, ...]:
+        """The window."""
+        return in_order(n, (Kind.WINDOW, n))

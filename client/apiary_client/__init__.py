@@ -7,10 +7,19 @@
         for delta in client.stream("What is a honeycomb?", session=session):
             print(delta.text, end="", flush=True)
 
-Each method and type is in `client.py` and `types.py`; what can go wrong is in `errors.py`.
+Each method and type is in `client.py`, `types.py` and `cache_map.py`; what can go wrong is in `errors.py`.
 """
 
 from apiary_client import aio
+from apiary_client.cache_map import (
+    CacheMap,
+    EntryKind,
+    HeadMap,
+    KeptToken,
+    KindCount,
+    LayerMap,
+    MapColumn,
+)
 from apiary_client.channel import TLS
 from apiary_client.client import Client
 from apiary_client.errors import ApiaryError
@@ -18,6 +27,7 @@ from apiary_client.types import (
     CacheUsage,
     Capacity,
     Chat,
+    Chunk,
     Completion,
     Delta,
     FinishReason,
@@ -40,13 +50,21 @@ from apiary_client.types import (
 __all__ = [
     "TLS",
     "ApiaryError",
+    "CacheMap",
     "CacheUsage",
     "Capacity",
     "Chat",
+    "Chunk",
     "Client",
     "Completion",
     "Delta",
+    "EntryKind",
     "FinishReason",
+    "HeadMap",
+    "KeptToken",
+    "KindCount",
+    "LayerMap",
+    "MapColumn",
     "Message",
     "Model",
     "OnCancel",

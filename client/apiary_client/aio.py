@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
@@ -18,7 +18,8 @@ from apiary.v1.generation_pb2_grpc import GenerationServiceStub
 from apiary.v1.model_pb2_grpc import ModelServiceStub
 from apiary.v1.session_pb2_grpc import SessionServiceStub
 from apiary_client import channel, convert, errors
-from apiary_client.types import Capacity, Chat, Completion, Delta, Model, Session, TurnOptions
+from apiary_client.cache_map import CacheMap
+from apiary_client.types import Capacity, Chat, Chunk, Completion, Delta, Model, Session, TurnOptions
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -156,16 +157,66 @@ class Client:
     ) -> Session:
         """Take a session's last turns back; its first `turn_count` stay.
 
-        The next turn computes the cache anew, and its usage says so.
+        Where the worker keeps no checkpoint from then, the next turn computes the cache anew, and its usage
+        says so.
         """
         name = convert.session_name(session)
         request = session_pb.RewindSessionRequest(name=name, turn_count=turn_count)
         return convert.session(await self._call(self._sessions.RewindSession, request, timeout, name))
 
+    async def get_cache_map(
+        self,
+        session: Session | str,
+        *,
+        full: bool = False,
+        layers: Sequence[int] = (),
+        column_count: int = 0,
+        token_limit: int = 0,
+        timeout: float | None = None,
+    ) -> CacheMap:
+        """Return which tokens of its transcript a session's cache keeps, and why; changes nothing."""
+        name = convert.session_name(session)
+        request = convert.cache_map_request(name, full, layers, column_count, token_limit)
+        return convert.cache_map(await self._call(self._sessions.GetCacheMap, request, timeout, name))
+
     async def delete_session(self, session: Session | str, *, timeout: float | None = None) -> None:
         """Delete a session and free its memory; a turn in flight is cancelled."""
         request = session_pb.DeleteSessionRequest(name=convert.session_name(session))
         await self._call(self._sessions.DeleteSession, request, timeout, request.name)
+
+    async def export_session(
+        self, session: Session | str, *, timeout: float | None = None
+    ) -> AsyncGenerator[Chunk]:
+        """Stream a session out: settings, transcript and cache. Write the chunks to a file, one after the
+        other; `import_session` adds it to this or another worker of the same model.
+
+        Yields:
+            Chunks; the first knows how many bytes there are in all.
+        """
+        request = session_pb.ExportSessionRequest(name=convert.session_name(session))
+        metadata = channel.metadata(self._tenant, request.name)
+        call = self._sessions.ExportSession(request, timeout=timeout, metadata=metadata)
+        try:
+            async for response in call:
+                yield Chunk(response.chunk, response.total_bytes)
+        except grpc.RpcError as error:
+            raise errors.restore(error) from error
+        finally:
+            call.cancel()
+
+    async def import_session(
+        self, chunks: Iterable[bytes], session_id: str = "", *, timeout: float | None = None
+    ) -> Session:
+        """Add a session that was exported; the worker draws the id if none is given. Chunks may have any size
+        up to the worker's largest message."""
+        requests = convert.import_session_requests(chunks, session_id)
+        metadata = channel.metadata(self._tenant, convert.session_name(session_id) if session_id else None)
+        try:
+            return convert.session(
+                await self._sessions.ImportSession(iter(requests), timeout=timeout, metadata=metadata)
+            )
+        except grpc.RpcError as error:
+            raise errors.restore(error) from error
 
     async def get_model(self, name: str = "", *, timeout: float | None = None) -> Model:
         """Return the served model."""

@@ -19,7 +19,7 @@ SESSION_KEY = "x-apiary-session"
 _IDEMPOTENT = {
     "apiary.v1.GenerationService": ("Tokenize", "Detokenize"),
     "apiary.v1.ModelService": ("GetModel", "GetCapacity"),
-    "apiary.v1.SessionService": ("GetSession", "ListSessions"),
+    "apiary.v1.SessionService": ("GetSession", "ListSessions", "GetCacheMap"),
 }
 
 SERVICE_CONFIG: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
@@ -16,7 +16,8 @@ from apiary.v1.generation_pb2_grpc import GenerationServiceStub
 from apiary.v1.model_pb2_grpc import ModelServiceStub
 from apiary.v1.session_pb2_grpc import SessionServiceStub
 from apiary_client import channel, convert, errors
-from apiary_client.types import Capacity, Chat, Completion, Delta, Model, Session, TurnOptions
+from apiary_client.cache_map import CacheMap
+from apiary_client.types import Capacity, Chat, Chunk, Completion, Delta, Model, Session, TurnOptions
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -167,16 +168,71 @@ class Client:
     ) -> Session:
         """Take a session's last turns back; its first `turn_count` stay.
 
-        The next turn computes the cache anew, and its usage says so.
+        Where the worker keeps no checkpoint from then, the next turn computes the cache anew, and its usage
+        says so.
         """
         name = convert.session_name(session)
         request = session_pb.RewindSessionRequest(name=name, turn_count=turn_count)
         return convert.session(self._call(self._sessions.RewindSession, request, timeout, name))
 
+    def get_cache_map(
+        self,
+        session: Session | str,
+        *,
+        full: bool = False,
+        layers: Sequence[int] = (),
+        column_count: int = 0,
+        token_limit: int = 0,
+        timeout: float | None = None,
+    ) -> CacheMap:
+        """Return which tokens of its transcript a session's cache keeps, and why; changes nothing.
+
+        Args:
+            session: its name, its id, or an older look at it.
+            full: each entry of each layer and head, and all kept tokens.
+            layers: of these layers, from 0; of all if empty.
+            column_count: in how many columns of neighbouring tokens to count; 0 lets the worker choose.
+            token_limit: the most tokens in a summary; 0 lets the worker choose.
+            timeout: in seconds.
+        """
+        name = convert.session_name(session)
+        request = convert.cache_map_request(name, full, layers, column_count, token_limit)
+        return convert.cache_map(self._call(self._sessions.GetCacheMap, request, timeout, name))
+
     def delete_session(self, session: Session | str, *, timeout: float | None = None) -> None:
         """Delete a session and free its memory; a turn in flight is cancelled."""
         request = session_pb.DeleteSessionRequest(name=convert.session_name(session))
         self._call(self._sessions.DeleteSession, request, timeout, request.name)
+
+    def export_session(self, session: Session | str, *, timeout: float | None = None) -> Iterator[Chunk]:
+        """Stream a session out: settings, transcript and cache. Write the chunks to a file, one after the
+        other; `import_session` adds it to this or another worker of the same model.
+
+        Yields:
+            Chunks; the first knows how many bytes there are in all.
+        """
+        request = session_pb.ExportSessionRequest(name=convert.session_name(session))
+        metadata = channel.metadata(self._tenant, request.name)
+        call = self._sessions.ExportSession(request, timeout=timeout, metadata=metadata)
+        try:
+            for response in call:
+                yield Chunk(response.chunk, response.total_bytes)
+        except grpc.RpcError as error:
+            raise errors.restore(error) from error
+        finally:
+            call.cancel()
+
+    def import_session(
+        self, chunks: Iterable[bytes], session_id: str = "", *, timeout: float | None = None
+    ) -> Session:
+        """Add a session that was exported; the worker draws the id if none is given. Chunks may have any size
+        up to the worker's largest message."""
+        requests = convert.import_session_requests(chunks, session_id)
+        metadata = channel.metadata(self._tenant, convert.session_name(session_id) if session_id else None)
+        try:
+            return convert.session(self._sessions.ImportSession(requests, timeout=timeout, metadata=metadata))
+        except grpc.RpcError as error:
+            raise errors.restore(error) from error
 
     def get_model(self, name: str = "", *, timeout: float | None = None) -> Model:
         """Return the served model."""

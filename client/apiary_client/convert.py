@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,6 +14,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from apiary.v1 import generation_pb2 as generation_pb
 from apiary.v1 import model_pb2 as model_pb
 from apiary.v1 import session_pb2 as session_pb
+from apiary_client.cache_map import (
+    CacheMap,
+    EntryKind,
+    HeadMap,
+    KeptToken,
+    KindCount,
+    LayerMap,
+    MapColumn,
+)
 from apiary_client.types import (
     CacheUsage,
     Capacity,
@@ -59,6 +68,7 @@ _REBUILD_REASONS = {
     generation_pb.Usage.REBUILD_REASON_POLICY_CHANGED: RebuildReason.POLICY_CHANGED,
     generation_pb.Usage.REBUILD_REASON_REWOUND: RebuildReason.REWOUND,
     generation_pb.Usage.REBUILD_REASON_RESTARTED: RebuildReason.RESTARTED,
+    generation_pb.Usage.REBUILD_REASON_SNAPSHOT_EVICTED: RebuildReason.SNAPSHOT_EVICTED,
 }
 _STATES = {
     session_pb.Session.STATE_EMPTY: State.EMPTY,
@@ -66,6 +76,15 @@ _STATES = {
     session_pb.Session.STATE_PARKED: State.PARKED,
     session_pb.Session.STATE_BUSY: State.BUSY,
     session_pb.Session.STATE_STORED: State.STORED,
+}
+_KINDS = {
+    session_pb.CacheMap.KIND_SINK: EntryKind.SINK,
+    session_pb.CacheMap.KIND_SAMPLED: EntryKind.SAMPLED,
+    session_pb.CacheMap.KIND_CELL: EntryKind.CELL,
+    session_pb.CacheMap.KIND_HEAVY: EntryKind.HEAVY,
+    session_pb.CacheMap.KIND_MIDDLE: EntryKind.MIDDLE,
+    session_pb.CacheMap.KIND_WINDOW: EntryKind.WINDOW,
+    session_pb.CacheMap.KIND_PINNED: EntryKind.PINNED,
 }
 
 
@@ -148,6 +167,15 @@ def create_session_request(
     return session_pb.CreateSessionRequest(session_id=session_id, session=settings)
 
 
+def import_session_requests(
+    chunks: Iterable[bytes], session_id: str
+) -> Iterator[session_pb.ImportSessionRequest]:
+    """Messages that add a session; the first has its id."""
+    for chunk in chunks:
+        yield session_pb.ImportSessionRequest(session_id=session_id, chunk=chunk)
+        session_id = ""
+
+
 def update_session_request(
     name: str,
     policy: str | None,
@@ -167,6 +195,24 @@ def update_session_request(
     settings = _session_settings(policy, ttl, expire_time, labels)
     settings.name = name
     return session_pb.UpdateSessionRequest(session=settings, update_mask=FieldMask(paths=paths))
+
+
+def cache_map_request(
+    name: str, full: bool, layers: Sequence[int], column_count: int, token_limit: int
+) -> session_pb.GetCacheMapRequest:
+    """Build the request for the map of a session's cache.
+
+    Raises:
+        ValueError: a number that its field cannot carry.
+    """
+    view = session_pb.GetCacheMapRequest
+    return view(
+        name=name,
+        view=view.VIEW_FULL if full else view.VIEW_SUMMARY,
+        layers=layers,
+        column_count=column_count,
+        token_limit=token_limit,
+    )
 
 
 def _session_settings(
@@ -262,6 +308,46 @@ def session(response: session_pb.Session) -> Session:
     )
 
 
+def cache_map(response: session_pb.CacheMap) -> CacheMap:
+    """Return the map of a session's cache."""
+    return CacheMap(
+        name=response.name,
+        state=_STATES.get(response.state, State.UNKNOWN),
+        policy=response.policy,
+        entries=response.entries,
+        kv_heads=response.kv_heads,
+        token_count=response.token_count,
+        columns=tuple(
+            MapColumn(column.start, column.stop, _kind(column.kind) if column.kind else None)
+            for column in response.columns
+        ),
+        layers=tuple(
+            LayerMap(
+                layer=layer.layer,
+                kinds=tuple(KindCount(_kind(count.kind), count.entries) for count in layer.kinds),
+                column_entries=tuple(layer.column_entries),
+                heads=tuple(
+                    HeadMap(tuple(head.positions), tuple(head.scores), tuple(map(_kind, head.kinds)))
+                    for head in layer.heads
+                ),
+            )
+            for layer in response.layers
+        ),
+        kept_token_count=response.kept_token_count,
+        tokens=tuple(
+            KeptToken(
+                position=token.position,
+                token_id=token.token_id,
+                text=token.text,
+                head_count=token.head_count,
+                mean_score=token.mean_score if token.HasField("mean_score") else None,
+                kinds=tuple(map(_kind, token.kinds)),
+            )
+            for token in response.tokens
+        ),
+    )
+
+
 def model(response: model_pb.Model) -> Model:
     """Return a served model."""
     same: dict[str, Any] = {item.name: getattr(response, item.name) for item in fields(Model)}
@@ -271,6 +357,10 @@ def model(response: model_pb.Model) -> Model:
 def capacity(response: model_pb.Capacity) -> Capacity:
     """Return a worker's capacity."""
     return Capacity(**{item.name: getattr(response, item.name) for item in fields(Capacity)})
+
+
+def _kind(number: session_pb.CacheMap.Kind.ValueType) -> EntryKind:
+    return _KINDS.get(number, EntryKind.UNKNOWN)
 
 
 def _finish_reason(number: generation_pb.FinishReason.ValueType) -> FinishReason:

@@ -126,6 +126,10 @@ class ReaderStalled(ApiaryError):
     """The deltas were not read for the worker's stall limit; the turn was rolled back."""
 
 
+class SnapshotRefused(ApiaryError):
+    """The snapshot to import is broken, not signed by the worker's key, or of another model."""
+
+
 class Internal(ApiaryError):
     """A fault of the worker; its log names the `incident`."""
 
@@ -156,6 +160,7 @@ BY_REASON: Mapping[str, type[ApiaryError]] = {
         _REASON.ERROR_REASON_READER_STALLED: ReaderStalled,
         _REASON.ERROR_REASON_DRAINING: Draining,
         _REASON.ERROR_REASON_INTERNAL: Internal,
+        _REASON.ERROR_REASON_SNAPSHOT_REFUSED: SnapshotRefused,
     }.items()
 }
 

@@ -113,6 +113,7 @@ class RebuildReason(enum.StrEnum):
     POLICY_CHANGED = "policy_changed"
     REWOUND = "rewound"
     RESTARTED = "restarted"
+    SNAPSHOT_EVICTED = "snapshot_evicted"
     UNKNOWN = "unknown"
     """A reason that is newer than this client."""
 
@@ -242,6 +243,14 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some bytes of a session that is streamed out; `total_bytes` is 0 but in the first."""
+
+    data: bytes
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Capacity:
     """Budgets of a worker and what is in use; the fields of `apiary.v1.Capacity`."""
 
@@ -262,3 +271,7 @@ class Capacity:
     queued_turns: int
     queue_limit: int
     store_degraded: bool = False
+    stored_sessions: int = 0
+    stored_bytes: int = 0
+    stored_budget_bytes: int = 0
+    unread_sessions: int = 0

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from apiary_server.sessions.info import RebuildReason
+
 
 class ApiaryError(Exception):
     """Base of all errors that a caller may see. `metadata` goes into `ErrorInfo.metadata`."""
@@ -68,6 +73,14 @@ class SessionBusy(ApiaryError):
 
 class ContextFull(ApiaryError):
     """The turn cannot fit the bound of a cache that evicts nothing."""
+
+
+class SnapshotRefused(ApiaryError):
+    """A snapshot that cannot be used; `reason` is a `RebuildReason`."""
+
+    def __init__(self, why: str, reason: RebuildReason) -> None:
+        super().__init__(f"the snapshot is refused: {why}", cause=reason.value)
+        self.reason = reason
 
 
 class RetryLater(ApiaryError):

@@ -49,7 +49,7 @@ def serve(settings: Settings) -> None:
         with _start_up():
             _say(f"loading {settings.model}", sys.stderr)
             engine = _build(settings, observer)
-        observer.watch(engine.capacity)
+        observer.watch(engine.capacity, engine.moves)
         if observer.metrics_port is not None:
             log.info("metrics can be scraped", port=observer.metrics_port)
         asyncio.run(_serve(engine, settings))

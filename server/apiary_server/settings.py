@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, FilePath, field_validator, model_validator
+from pydantic import BeforeValidator, Field, FilePath, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 
 from apiary_server.engine.request import Tenant
+from apiary_server.sessions.valkey.address import ValkeyAddress
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -62,7 +63,13 @@ Weights = Annotated[dict[Tenant, Weight], NoDecode, BeforeValidator(parse_weight
 class Settings(BaseSettings):
     """The worker's settings. Sizes in bytes, times in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="APIARY_", extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = SettingsConfigDict(
+        env_prefix="APIARY_",
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # it may be a password
+    )
 
     # where and what
     listen: str = "127.0.0.1:50051"
@@ -110,8 +117,24 @@ class Settings(BaseSettings):
 
     # what outlives the process
     state_dir: Path | None = Field(None, description="sessions are stored there; without it they are not")
+    store: SecretStr | None = Field(None, description="the same in a Valkey server, by its URL")
+    store_password_file: FilePath | None = Field(None, description="has the password that the URL lacks")
     durability: Literal["turn", "idle", "off"] = "turn"
-    snapshot_key_file: Path | None = None
+    snapshot_delay: float = Field(
+        30.0,
+        ge=0,
+        description="with durability=idle, a cache is stored when its session was left alone so long",
+    )
+    snapshot_key_file: FilePath | None = Field(
+        None, description="its bytes sign snapshots, and others are refused"
+    )
+    stored_budget: Bytes = Field(16 * 2**30, description="of all snapshots; the least recently used go first")
+    checkpoints: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="earlier snapshots of a session that are kept, for rewinds that are quick",
+    )
     store_patience: float = Field(2.0, gt=0, description="how long an answer's end waits for a slow store")
 
     # network and telemetry
@@ -132,13 +155,21 @@ class Settings(BaseSettings):
             raise ValueError(f"{value!r} is not HOST:PORT, for example 127.0.0.1:50051 or 0.0.0.0:50051")
         return value
 
+    @field_validator("store")
+    @classmethod
+    def _url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            ValkeyAddress.parse(value.get_secret_value())
+        return value
+
     @model_validator(mode="after")
     def _together(self) -> Settings:
-        if self.snapshot_key_file is not None or self.durability == "idle":
-            name = "durability=idle" if self.snapshot_key_file is None else "snapshot_key_file"
-            raise ValueError(f"{name} is not implemented yet: leave it unset")
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             raise ValueError("tls_cert_file and tls_key_file go together")
+        if self.store is not None and self.state_dir is not None:
+            raise ValueError("state_dir and --store are two places for the same sessions: give one of them")
+        if self.store_password_file is not None and self.store is None:
+            raise ValueError("store_password_file is for a --store, and there is none")
         if not _loopback(self.listen.rpartition(":")[0]) and not self.insecure and self.tls_cert_file is None:
             raise ValueError(
                 f"listen {self.listen} can be reached by others: set tls_cert_file and tls_key_file, "

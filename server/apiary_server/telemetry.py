@@ -51,9 +51,12 @@ _GAUGES = (
     ("sessions", "apiary.sessions", "{session}", "All sessions."),
     ("resident_sessions", "apiary.sessions.resident", "{session}", "Sessions in the pool."),
     ("parked_sessions", "apiary.sessions.parked", "{session}", "Sessions in host memory."),
+    ("stored_bytes", "apiary.stored.used", "By", "Bytes of all snapshots of caches."),
+    ("stored_sessions", "apiary.sessions.stored", "{session}", "Sessions whose cache has a snapshot."),
     ("running_turns", "apiary.turns.running", "{turn}", "Turns in flight."),
     ("queued_turns", "apiary.turns.queued", "{turn}", "Turns that wait: the queue's depth."),
     ("store_degraded", "apiary.store.degraded", "1", "1 while turns that end are not durable."),
+    ("unread_sessions", "apiary.store.unread", "{session}", "Stored sessions that cannot be read."),
 )
 
 
@@ -114,14 +117,25 @@ class Telemetry(Observer):
         """The port that Prometheus can scrape, if there is one."""
         return None if self._server is None else self._server.server_port
 
-    def watch(self, capacity: Callable[[], Capacity]) -> None:
-        """Have the gauges ask `capacity` whenever they are read; it must be thread-safe."""
+    def watch(self, capacity: Callable[[], Capacity], moves: Callable[[], Mapping[str, int]]) -> None:
+        """Have the gauges ask `capacity` and `moves` whenever they are read; both must be thread-safe."""
         for name, instrument, unit, description in _GAUGES:
 
             def read(_: CallbackOptions, name: str = name) -> Iterable[Observation]:
                 yield Observation(int(getattr(capacity(), name)))
 
             self._meter.create_observable_gauge(instrument, [read], unit, description)
+
+        def moved(_: CallbackOptions) -> Iterable[Observation]:
+            for where, count in moves().items():
+                yield Observation(count, {"apiary.move": where})
+
+        self._meter.create_observable_counter(
+            "apiary.cache.moves",
+            [moved],
+            "{move}",
+            "Caches that were parked, unparked, saved, stored or loaded.",
+        )
 
     def step(self, stats: StepStats) -> None:
         """Count a step."""

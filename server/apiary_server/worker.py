@@ -14,21 +14,26 @@ from apiary_server.engine.result import ModelInfo, Observer
 from apiary_server.engine.scheduler import Scheduler
 from apiary_server.errors import InvalidField
 from apiary_server.model.catalog import resolve
+from apiary_server.model.fingerprint import fingerprint
 from apiary_server.model.loader import LoadedModel, load
 from apiary_server.model.runner import Runner
+from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.journal import Journal
 from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.parking import parking_of
 from apiary_server.sessions.pool import Pool, SlotLayout
 from apiary_server.sessions.residency import Residency
-from apiary_server.sessions.sqlite import SqliteStore
+from apiary_server.sessions.shelf import Shelf
+from apiary_server.sessions.snapshot import Origin
 from apiary_server.settings import Settings
+from apiary_server.stores import Stores, open_stores
 from apiary_server.threads import apart
 from buzz import Policy, PolicyError, parse
 from buzz.quant import GROUP
 
 _log = structlog.get_logger(__name__)
 _POLICIES = 256  # that are kept at hand
+_SHORTEST_KEY = 16  # bytes
 
 
 class Layouts:
@@ -124,7 +129,7 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
     Raises:
         InvalidField: the default policy is malformed or does not fit.
         ValueError: the cache budget is too small, or more than there is.
-        StoreError: the state directory cannot be used.
+        StoreError: the state directory, or the store, cannot be used.
     """
     device = loaded.backend.device
     layouts = Layouts(loaded, settings)
@@ -146,9 +151,12 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
     layouts(None)  # the default policy must fit the budget, too
     model = _info(settings, loaded, policy)
     sessions = SessionManager(layouts, settings.session_ttl, settings.max_sessions)
-    journal = _journal(settings, loaded, sessions)
+    origin = _origin(settings, loaded)
+    stores = open_stores(settings, loaded.tokenizer.digest)
+    journal = _journal(settings, stores, sessions)
+    archive = _archive(settings, stores, loaded, sessions, origin)
     parking = parking_of(device, settings.parked_budget)
-    residency = Residency(pool, settings.reserve_slots, settings.parked_budget, parking)
+    residency = Residency(pool, settings.reserve_slots, settings.parked_budget, parking, archive)
     scheduler = Scheduler(
         settings.step_tokens,
         settings.max_running,
@@ -171,19 +179,45 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
         ),
         sessions=sessions,
         step_limit=settings.step_limit,
+        origin=origin,
+        rotary=loaded.rotary,
         journal=journal,
+        archive=archive,
     )
 
 
-def _journal(settings: Settings, loaded: LoadedModel, sessions: SessionManager) -> Journal | None:
-    """Take up the sessions of the state directory, and store them from now on."""
-    if settings.state_dir is None or settings.durability == "off":
+def _journal(settings: Settings, stores: Stores | None, sessions: SessionManager) -> Journal | None:
+    """Take up the sessions of the store, and store them from now on."""
+    if stores is None:
         return None
-    store = SqliteStore(settings.state_dir, loaded.tokenizer.digest)
-    for stored in store.load():
+    for stored in stores.sessions.load():
         sessions.restore(stored)
-    _log.info("sessions taken up", count=len(sessions), directory=str(settings.state_dir))
-    return Journal(sessions, store, settings.store_patience)
+    _log.info("sessions taken up", count=len(sessions), store=stores.place)
+    return Journal(sessions, stores.sessions, settings.store_patience)
+
+
+def _origin(settings: Settings, loaded: LoadedModel) -> Origin:
+    """Whose caches the worker can use."""
+    key = None if settings.snapshot_key_file is None else settings.snapshot_key_file.read_bytes().strip()
+    if key is not None and len(key) < _SHORTEST_KEY:
+        raise ValueError(
+            f"the key in {settings.snapshot_key_file} has {len(key)} bytes, and {_SHORTEST_KEY} are the "
+            "least: make one with `openssl rand -hex 32`"
+        )
+    how = (settings.weights, settings.dtype, settings.cache_dtype)
+    return Origin(fingerprint(resolve(settings.model), *how), loaded.tokenizer.digest, key)
+
+
+def _archive(
+    settings: Settings, stores: Stores | None, loaded: LoadedModel, sessions: SessionManager, origin: Origin
+) -> Archive | None:
+    """Take up the snapshots of the stored sessions, and make others from now on."""
+    if stores is None:
+        return None
+    shelf = Shelf(stores.snapshots, settings.stored_budget, settings.checkpoints)
+    shelf.take_up(reversed(sessions.latest()))
+    delay = settings.snapshot_delay if settings.durability == "idle" else 0.0
+    return Archive(sessions, shelf, origin, loaded.rotary, delay)
 
 
 def _device(name: str) -> torch.device:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from buzz import Cache, CacheState, Policy, names, parse
+from buzz import Cache, CacheState, Kind, Policy, names, parse
 from buzz.quant import BLOCK
 from tests.buzz.driver import Driver, Shape, Together, assert_equal, assert_same, segments
 
@@ -161,6 +161,54 @@ def test_it_is_its_naive_restatement(policy: Policy) -> None:
         if fits(driver, cuts):
             driver.segment(cuts, oracle)
             assert_same(driver, oracle)
+
+
+SINKS = {"buzz": 4, "buzz2": 3, "cascade": 3, "elastic": 3, "streaming": 3}
+CHOSEN = {
+    "buzz": {Kind.SAMPLED},
+    "buzz2": {Kind.CELL},
+    "cascade": {Kind.CELL},
+    "corm": {Kind.HEAVY},
+    "elastic": {Kind.HEAVY},
+    "h2o": {Kind.HEAVY},
+}
+WINDOWS = {  # of policies that always keep just so many
+    "buzz": 12,
+    "buzz2": 7,
+    "corm": 8,
+    "elastic": 2,
+    "h2o": 20,
+}
+
+
+@pytest.mark.parametrize("policy", [parse(specs[0]) for specs in SMALL.values()], ids=str)
+def test_entries_are_of_the_kinds_that_it_says(policy: Policy) -> None:
+    driver, kinds = Driver(policy, shape_for(policy), seed=1), set[Kind]()
+    choices = CHOSEN.get(policy.name, set())
+    for cuts in segments(seed=11, steps=210):
+        if not fits(driver, cuts):
+            continue
+        compacted = driver.segment(cuts) > 0
+        cache, positions = driver.cache, driver.positions()
+        regions = policy.regions(cache.n, cache.sampled, cache.seen)
+        assert [each.start for each in regions] == [0, *(each.stop for each in regions[:-1])]
+        assert regions[-1].stop == cache.n
+        lengths = {each.kind: each.stop - each.start for each in regions}
+        assert len(lengths) == len(regions) == sum(length > 0 for length in lengths.values())
+        kinds |= lengths.keys()
+        assert Kind.MIDDLE not in lengths or not compacted, "a compaction has judged all that it may"
+        assert (not choices.isdisjoint(lengths)) == (cache.evicted > 0 and bool(choices))
+        sinks = lengths.get(Kind.SINK, 0)
+        assert sinks == min(cache.n, SINKS.get(policy.name, 0))
+        assert (positions[..., :sinks] == np.arange(sinks)).all()
+        window = lengths.get(Kind.WINDOW, 0)
+        recent = lengths.get(Kind.MIDDLE, 0) + window
+        assert (positions[..., cache.n - recent :] == np.arange(cache.seen - recent, cache.seen)).all()
+        most = WINDOWS.get(policy.name, policy.bound if policy.name != "cascade" else 9)
+        assert window <= most
+        assert policy.name not in WINDOWS or window == min(cache.n - sinks, most)
+    between = set() if policy.name in ("full", "streaming", "window") else {Kind.MIDDLE}
+    assert kinds == {Kind.WINDOW} | choices | between | ({Kind.SINK} if policy.name in SINKS else set())
 
 
 @pytest.mark.parametrize("name", names())

@@ -6,9 +6,10 @@ A turn is answered with `turn {n}: {last message}`, one word a delta. The last m
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -43,6 +44,7 @@ CODES = {
     "READER_STALLED": grpc.StatusCode.ABORTED,
     "DRAINING": grpc.StatusCode.UNAVAILABLE,
     "INTERNAL": grpc.StatusCode.INTERNAL,
+    "SNAPSHOT_REFUSED": grpc.StatusCode.INVALID_ARGUMENT,
 }
 
 
@@ -220,6 +222,32 @@ class FakeWorker(GenerationServiceServicer, SessionServiceServicer, ModelService
         session.turn_count = request.turn_count
         return session
 
+    def ExportSession(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self._note(request, context)
+        self._find(request.name, context)
+        for place, chunk in enumerate((b"one ", b"two ", b"three")):
+            yield session_pb2.ExportSessionResponse(chunk=chunk, total_bytes=0 if place else 13)
+
+    def ImportSession(self, requests: Any, context: grpc.ServicerContext) -> Any:
+        whole = list(requests)
+        self._note(whole[0], context)
+        if b"".join(request.chunk for request in whole) != b"one two three":
+            context.abort_with_status(status("SNAPSHOT_REFUSED"))
+        assert not any(request.session_id for request in whole[1:])
+        session = session_pb2.Session(name=f"sessions/{whole[0].session_id or 'drawn'}")
+        self.sessions[session.name] = session
+        return session
+
+    def GetCacheMap(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self._note(request, context)
+        session = self._find(request.name, context)
+        full = request.view == session_pb2.GetCacheMapRequest.VIEW_FULL
+        drawn = cache_map(request.layers or range(3), request.column_count or 64, full=full)
+        drawn.name, drawn.policy = session.name, session.policy
+        if not session.turn_count:
+            return session_pb2.CacheMap(name=session.name, policy=session.policy, state=session.state)
+        return drawn
+
     def DeleteSession(self, request: Any, context: grpc.ServicerContext) -> Any:
         self._note(request, context)
         self._find(request.name, context)
@@ -235,6 +263,57 @@ class FakeWorker(GenerationServiceServicer, SessionServiceServicer, ModelService
     def GetCapacity(self, request: Any, context: grpc.ServicerContext) -> Any:
         self._note(request, context)
         return model_pb2.Capacity(budget_bytes=2**30, used_bytes=2**20, queue_limit=256)
+
+
+TEXTS = ("<|im_start|>", "\u202e\x9b", " the\x1b[31m", "\n", " a", " [bold]", "\ufffd", " $x_", " é", '"')
+
+
+def cache_map(layers: Sequence[int], columns: int, *, full: bool) -> session_pb2.CacheMap:
+    """Two heads keep four of ten tokens each: a sink, two of the others, and the last one."""
+    kinds = [session_pb2.CacheMap.KIND_SINK] + [session_pb2.CacheMap.KIND_CELL] * 2
+    kinds.append(session_pb2.CacheMap.KIND_WINDOW)
+    drawn = session_pb2.CacheMap(
+        state=session_pb2.Session.STATE_RESIDENT, entries=4, kv_heads=2, token_count=10, kept_token_count=8
+    )
+    count = min(columns, 10)
+    edges = [place * 10 // count for place in range(count + 1)]
+    kept: dict[int, int] = {}
+    for layer in layers:
+        heads = [sorted({0, 1 + layer, 5 + head, 9}) for head in range(2)]
+        positions = [position for head in heads for position in head]
+        for position in positions:
+            kept[position] = kept.get(position, 0) + 1
+        drawn.layers.add(
+            layer=layer,
+            kinds=[
+                session_pb2.KindCount(kind=kind, entries=entries)
+                for kind, entries in zip((1, 3, 6), (2, 4, 2), strict=True)  # type: ignore[arg-type]
+            ],
+            column_entries=[
+                sum(start <= position < stop for position in positions)
+                for start, stop in itertools.pairwise(edges)
+            ],
+            heads=[
+                session_pb2.HeadMap(positions=head, scores=[position / 2 for position in head], kinds=kinds)
+                for head in heads
+            ]
+            if full
+            else [],
+        )
+    for start, stop in itertools.pairwise(edges):
+        some = [position for position in kept if start <= position < stop]
+        kind = 0 if not some else 1 if 0 in some else 6 if 9 in some else 3
+        drawn.columns.add(start=start, stop=stop, kind=kind)  # type: ignore[arg-type]
+    for position, heads_keep in sorted(kept.items()):
+        drawn.tokens.add(
+            position=position,
+            token_id=position + 100,
+            text=TEXTS[position],
+            head_count=heads_keep,
+            mean_score=position / 2,
+            kinds=[kinds[0] if position == 0 else kinds[-1] if position == 9 else kinds[1]],
+        )
+    return drawn
 
 
 def _logprob() -> generation_pb2.TokenLogprob:

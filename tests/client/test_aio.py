@@ -29,6 +29,10 @@ async def test_a_conversation(aclient: aio.Client) -> None:
     assert (await aclient.update_session(session, policy="buzz")).policy == "buzz"
     assert (await aclient.rewind_session(session, 1)).turn_count == 1
     assert (await aclient.fork_session(session, "again")).name == "sessions/again"
+    chunks = [chunk.data async for chunk in aclient.export_session(session)]
+    assert (await aclient.import_session(chunks, "there")).name == "sessions/there"
+    kept = await aclient.get_cache_map(session, full=True, layers=[1])
+    assert kept.layers[0].heads[0].positions == (0, 2, 5, 9)
     await aclient.delete_session(session)
     with pytest.raises(SessionNotFound):
         await aclient.get_session(session)

@@ -21,6 +21,7 @@ IDEMPOTENT: dict[str, Callable[[Client], object]] = {
     "GetCapacity": lambda client: client.get_capacity(),
     "GetSession": lambda client: client.get_session("work"),
     "ListSessions": lambda client: list(client.list_sessions()),
+    "GetCacheMap": lambda client: client.get_cache_map("work"),
     "Tokenize": lambda client: client.tokenize("hi"),
     "Detokenize": lambda client: client.detokenize([104]),
 }

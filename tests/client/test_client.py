@@ -8,8 +8,15 @@ from datetime import UTC, timedelta
 
 import pytest
 
-from apiary_client import Client, FinishReason, Message, State, aio
-from apiary_client.errors import DeadlineExceeded, SessionExists, SessionNotFound, Unavailable
+from apiary.v1 import session_pb2
+from apiary_client import Client, EntryKind, FinishReason, KindCount, Message, State, aio
+from apiary_client.errors import (
+    DeadlineExceeded,
+    SessionExists,
+    SessionNotFound,
+    SnapshotRefused,
+    Unavailable,
+)
 
 from .fake_worker import CREATED, FakeWorker
 
@@ -58,6 +65,47 @@ def test_sessions_are_changed_and_forked(client: Client, worker: FakeWorker) -> 
     assert client.fork_session(forked).name == "sessions/drawn"
     with pytest.raises(SessionNotFound):
         client.fork_session("nobody")
+
+
+def test_sessions_go_to_other_workers(client: Client, worker: FakeWorker) -> None:
+    client.create_session("work")
+    chunks = list(client.export_session("work"))
+    assert [chunk.total_bytes for chunk in chunks] == [13, 0, 0]
+    taken = client.import_session((chunk.data for chunk in chunks), "there")
+    assert (taken.name, worker.metadata[-1]["x-apiary-session"]) == ("sessions/there", "sessions/there")
+    assert client.import_session([b"one two", b" three"]).name == "sessions/drawn"
+    with pytest.raises(SnapshotRefused):
+        client.import_session([b"four"])
+    with pytest.raises(SessionNotFound):
+        list(client.export_session("nobody"))
+
+
+def test_the_map_of_a_cache(client: Client, worker: FakeWorker) -> None:
+    client.create_session("work", policy="buzz2")
+    empty = client.get_cache_map("work")
+    assert (empty.name, empty.state, empty.entries, empty.tokens) == ("sessions/work", State.EMPTY, 0, ())
+    worker.sessions["sessions/work"].turn_count = 1
+    summary = client.get_cache_map("work", column_count=5, token_limit=7)
+    asked = worker.requests[-1]
+    assert (asked.column_count, asked.token_limit, list(asked.layers)) == (5, 7, [])
+    assert (summary.state, summary.entries, summary.kv_heads) == (State.RESIDENT, 4, 2)
+    assert (summary.token_count, summary.kept_token_count) == (10, 8)
+    assert [column.start for column in summary.columns] == [0, 2, 4, 6, 8]
+    assert [column.stop for column in summary.columns] == [2, 4, 6, 8, 10]
+    assert [column.kind for column in summary.columns] == ["sink", "cell", "cell", "cell", "window"]
+    counts = (4, 0, 1, 1, 2), (2, 2, 1, 1, 2), (2, 2, 1, 1, 2)
+    assert tuple(layer.column_entries for layer in summary.layers) == counts
+    assert all(layer.heads == () for layer in summary.layers)
+    assert summary.layers[2].kinds[1] == KindCount(EntryKind.CELL, 4)
+    token = summary.tokens[1]
+    assert (token.position, token.token_id, token.text, token.head_count) == (1, 101, "\u202e\x9b", 2)
+    assert (token.mean_score, token.kinds) == (0.5, (EntryKind.CELL,))
+    full = client.get_cache_map(client.get_session("work"), full=True, layers=[2, 0], column_count=1)
+    assert worker.requests[-1].view == session_pb2.GetCacheMapRequest.VIEW_FULL
+    assert [layer.layer for layer in full.layers] == [2, 0]
+    head = full.layers[0].heads[1]
+    assert (head.positions, head.scores) == ((0, 3, 6, 9), (0, 1.5, 3, 4.5))
+    assert head.kinds == (EntryKind.SINK, EntryKind.CELL, EntryKind.CELL, EntryKind.WINDOW)
 
 
 def test_text_and_token_ids_are_inputs_too(client: Client, worker: FakeWorker) -> None:

@@ -11,6 +11,15 @@ import pytest
 
 from apiary.v1 import generation_pb2, model_pb2, session_pb2
 from apiary_client import convert
+from apiary_client.cache_map import (
+    CacheMap,
+    EntryKind,
+    HeadMap,
+    KeptToken,
+    KindCount,
+    LayerMap,
+    MapColumn,
+)
 from apiary_client.types import (
     Capacity,
     Completion,
@@ -44,6 +53,12 @@ from apiary_client.types import (
         (Usage, generation_pb2.Usage),
         (Model, model_pb2.Model),
         (Capacity, model_pb2.Capacity),
+        (CacheMap, session_pb2.CacheMap),
+        (LayerMap, session_pb2.LayerMap),
+        (HeadMap, session_pb2.HeadMap),
+        (KindCount, session_pb2.KindCount),
+        (KeptToken, session_pb2.KeptToken),
+        (MapColumn, session_pb2.MapColumn),
     ],
 )
 def test_dataclasses_have_the_fields_of_the_api(kind: Any, message: Any) -> None:
@@ -69,6 +84,7 @@ def test_turns_can_set_every_field_of_a_request() -> None:
         (convert._FINISH_REASONS, generation_pb2.FinishReason),
         (convert._REBUILD_REASONS, generation_pb2.Usage.RebuildReason),
         (convert._STATES, session_pb2.Session.State),
+        (convert._KINDS, session_pb2.CacheMap.Kind),
     ],
 )
 def test_enums_are_whole(known: Any, enum: Any) -> None:
@@ -181,6 +197,13 @@ def test_values_newer_than_this_client_are_unknown() -> None:
     assert convert.completion(response).finish_reason is FinishReason.UNKNOWN
     assert convert.completion(response).usage.rebuild_reason is RebuildReason.UNKNOWN
     assert convert.session(session_pb2.Session(state=99)).state is State.UNKNOWN  # type: ignore[arg-type]
+
+
+def test_kinds_newer_than_this_client_are_unknown() -> None:
+    response = session_pb2.CacheMap(columns=[{"kind": 99}, {}], tokens=[{"kinds": [99]}])  # type: ignore[list-item]
+    drawn = convert.cache_map(response)
+    assert [column.kind for column in drawn.columns] == [EntryKind.UNKNOWN, None]
+    assert drawn.tokens == (KeptToken(0, 0, "", 0, None, (EntryKind.UNKNOWN,)),)
 
 
 def test_a_stop_string_is_not_its_letters() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import time
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +23,8 @@ from apiary_server.engine.request import (
 from apiary_server.engine.result import Delta, TokenLogprob, Usage
 from apiary_server.errors import ApiaryError
 from apiary_server.sessions.session import Session
+
+_Outcome = TypeVar("_Outcome")
 
 
 class _Now:
@@ -114,6 +118,9 @@ def run(engine: Engine, *readers: Reader, steps: int = 5000) -> None:
         for _ in range(steps):
             if all(reader.ended for reader in readers):
                 return
+            if engine._loop._idle:  # it would wait long for a command, and who stores the turn sends none
+                time.sleep(0.001)
+                engine._loop.post(lambda: None)
             engine._loop.step()
     raise AssertionError(f"not ended after {steps} steps")
 
@@ -123,6 +130,13 @@ def step(engine: Engine, count: int = 1) -> None:
     with torch.inference_mode():
         for _ in range(count):
             engine._loop.step()
+
+
+def outcome(engine: Engine, change: Future[_Outcome]) -> _Outcome:
+    """What a change of a session comes to: a step makes it, where it was not made at once."""
+    if not change.done():
+        step(engine)
+    return change.result(0)
 
 
 def ask(engine: Engine, *args: Any, **fields: Any) -> Reader:
@@ -179,3 +193,13 @@ def same(one: dict[str, object], other: dict[str, object]) -> bool:
         elif value != theirs:
             return False
     return True
+
+
+def alike(one: dict[str, object], other: dict[str, object]) -> bool:
+    """Whether two states are equal but for the order of sums: who computes tokens together, or at once."""
+    return one.keys() == other.keys() and all(
+        torch.allclose(value, other[key], atol=1e-4)  # type: ignore[arg-type]
+        if isinstance(value, torch.Tensor)
+        else value == other[key]
+        for key, value in one.items()
+    )

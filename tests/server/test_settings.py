@@ -146,18 +146,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
             Settings.load(config=path)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"durability": "idle"},
-        {"snapshot_key_file": "/tmp/key"},
-        {"durability": "idle", "snapshot_key_file": "/k"},
-    ],
-)
-def test_what_is_not_implemented_is_refused(fields: dict[str, str]) -> None:
-    refused("(durability=idle|snapshot_key_file) is not implemented yet: leave it unset", **fields)
-
-
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "127.8.9.1:1", "localhost:50051", "[::1]:65535"])
 def test_plaintext_is_for_this_machine(listen: str) -> None:
     assert Settings.load(listen=listen).listen == listen
@@ -187,6 +175,24 @@ def test_what_is_no_address(listen: str) -> None:
 def test_half_of_tls_is_refused(name: str, tmp_path: Path) -> None:
     refused(name, **{name: str(tmp_path / "missing")})
     refused("tls_cert_file and tls_key_file go together", **{name: __file__})
+
+
+def test_a_store_is_a_url_that_nobody_sees() -> None:
+    url = "valkey://:s3cret@bees:6379/0?namespace=hive"
+    settings = Settings.load(store=url)
+    assert settings.store is not None
+    assert settings.store.get_secret_value() == url
+    assert "s3cret" not in f"{settings!r} {settings} {settings.model_dump()}"
+    with pytest.raises(ValidationError, match="write valkey://HOST:PORT/DB") as refusal:
+        Settings.load(store="valkey://:s3cret@bees:port")
+    assert "s3cret" not in str(refusal.value)
+
+
+def test_sessions_have_one_place(tmp_path: Path) -> None:
+    refused("state_dir and --store are two places", store="valkey://bees", state_dir=tmp_path)
+    (tmp_path / "password").write_text("s3cret\n")
+    refused("for a --store, and there is none", store_password_file=tmp_path / "password")
+    assert Settings.load(store="valkey://bees", store_password_file=tmp_path / "password").store is not None
 
 
 @pytest.mark.parametrize("name", ["stall_limit", "step_limit", "session_ttl", "drain_grace"])

@@ -151,7 +151,7 @@ def test_steps(recorder: Recorder) -> None:
 
 def test_gauges_ask_when_they_are_read(recorder: Recorder) -> None:
     capacities = [CAPACITY]
-    recorder.telemetry.watch(lambda: capacities[-1])
+    recorder.telemetry.watch(lambda: capacities[-1], lambda: {"parked": 3})
     assert [point.value for point in recorder.points("apiary.pool.used")] == [CAPACITY.used_bytes]
     capacities.append(Capacity(*range(200, 216)))
     assert [point.value for point in recorder.points("apiary.pool.used")] == [201]
@@ -228,7 +228,7 @@ def test_a_turn_without_an_origin(recorder: Recorder) -> None:
 def test_prometheus() -> None:
     telemetry = build(Settings(listen="127.0.0.1:0", metrics_port=0, model="/models/smollm2-135m/"))
     try:
-        telemetry.watch(lambda: CAPACITY)
+        telemetry.watch(lambda: CAPACITY, dict)
         telemetry.turn(turn())
         telemetry.step(STEP)
         url = f"http://127.0.0.1:{telemetry.metrics_port}/metrics"

@@ -88,13 +88,13 @@ def client(worker: Worker) -> Iterator[Client]:
 def apiary(worker: Worker) -> Run:
     """Runs the `apiary` command against the shared worker, in a process of its own."""
 
-    def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, stdin: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [APIARY, *arguments],
             input=stdin.encode(),
             env=environment(APIARY_TARGET=worker.target),
             capture_output=True,
-            timeout=60,
+            timeout=timeout,
         )
         # decoded here: subprocess would make "\n" of each "\r", and the tiny model says anything
         return subprocess.CompletedProcess(

@@ -101,7 +101,8 @@ def _wrong(bad: BadRequest, answer: Answer) -> str:
 @pytest.mark.parametrize(
     "name", sorted(AT_LIMIT.keys() - {"sampling, high"})
 )  # which names tokens that this model lacks
-async def test_what_is_just_allowed_is_served(channel: grpc.aio.Channel, name: str) -> None:
+async def test_what_is_just_allowed_is_served(client: Client, channel: grpc.aio.Channel, name: str) -> None:
+    client.create_session("known")
     method, message = AT_LIMIT[name]
     answer = await ask(channel, method, message)
     assert answer.code is grpc.StatusCode.OK, answer.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from apiary_client import Client, Stopping
 
@@ -46,6 +47,48 @@ def test_sessions(apiary: Run, client: Client) -> None:
     gone = apiary("sessions", "show", "bees", "--json")
     assert (gone.returncode, gone.stdout) == (1, "")
     assert "sessions/bees" in gone.stderr
+
+
+def test_the_map_of_a_cache(apiary: Run, client: Client, tmp_path: Path) -> None:
+    client.create_session("bees", policy="buzz(sink=2,window=8,threshold=20,stride=5)")
+    text = "Tell me about honeybees, please."
+    answer = client.generate(
+        text, session="bees", stopping=Stopping(max_tokens=24, ignore_eos=True), timeout=60
+    )
+    session = client.get_session("bees")
+    picture = tmp_path / "bees.png"
+    full = apiary("sessions", "map", "bees", "--full", "--json", "--png", str(picture))
+    assert full.returncode == 0
+    assert full.stderr.endswith(f"wrote {picture}\n")  # behind what matplotlib says of fonts
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    drawn = json.loads(full.stdout)
+    seen = session.token_count - 1  # the last token was sampled, and never fed back
+    assert (drawn["state"], drawn["entries"], drawn["token_count"]) == (
+        "resident",
+        session.cache.entries,
+        seen,
+    )
+    transcript = [*client.tokenize(text), *answer.token_ids]
+    kept = set()
+    for layer in drawn["layers"]:
+        for head in layer["heads"]:
+            assert len(head["positions"]) == len(head["scores"]) == len(head["kinds"]) == drawn["entries"]
+            assert head["positions"][:2] == [0, 1]
+            assert head["positions"][-8:] == list(range(seen - 8, seen))
+            assert head["kinds"] == sorted(head["kinds"], key=["sink", "sampled", "middle", "window"].index)
+            kept |= set(head["positions"])
+    assert [token["position"] for token in drawn["tokens"]] == sorted(kept)
+    assert all(token["token_id"] == transcript[token["position"]] for token in drawn["tokens"])
+    assert "<|im_start|>" in {token["text"] for token in drawn["tokens"]}
+    said = apiary("sessions", "map", "bees", "--tokens", "5")
+    assert (said.returncode, said.stderr) == (0, "")
+    assert "a sampled " in said.stdout
+    assert "\x1b" not in said.stdout
+    assert len(said.stdout.split("\n\n")[1].splitlines()) == 6
+    foreign = apiary("sessions", "map", "bees", "--tenant", "wasps")
+    assert (foreign.returncode, foreign.stdout) == (1, "")
+    refused = apiary("sessions", "map", "bees", "--layer", "2")
+    assert "the model has the layers 0 to 1" in refused.stderr
 
 
 def test_chat_resumes_with_its_context(apiary: Run, client: Client) -> None:

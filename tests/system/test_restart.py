@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from apiary_client import Client, State, errors
+from apiary_client import State
 
 from .reading import tokens
 from .worker import SMALL, Worker
@@ -57,7 +55,7 @@ def test_sessions_are_there_again(start: Callable[[], Worker]) -> None:
         assert answers[0].token_ids == answers[1].token_ids
         assert [answer.usage.rebuild_reason for answer in answers] == ["restarted", "restarted"]
         answer = client.generate("Turn 5.", session="calm", stopping=ANSWER)
-        assert answer.usage.rebuild_reason == "restarted"
+        assert answer.usage.rebuild_reason is None, "its cache was stored; the others had none"
     assert worker.stop() == 0
 
 
@@ -68,65 +66,4 @@ def test_a_state_directory_has_one_worker(
     second = Worker(tmp_path, "--model", str(tiny_model), *SMALL, "--state-dir", str(tmp_path / "state"))
     assert second.process.wait(60) == 1
     assert "in use by another worker" in second.stderr
-    assert worker.stop() == 0
-
-
-@pytest.mark.timeout(300)
-def test_killed_at_any_moment_no_acknowledged_turn_is_lost(start: Callable[[], Worker]) -> None:
-    """Turns and kills at random; what was acknowledged is there, and answers go on as without any kill."""
-    rng = random.Random(7)
-    acknowledged = {f"s{number}": 0 for number in range(4)}
-    answers: dict[tuple[str, int], tuple[int, ...]] = {}
-
-    def talk(client: Client, name: str) -> None:
-        try:
-            while True:
-                number = acknowledged[name]
-                answer = client.generate(
-                    f"Turn {number} of {name}.",
-                    session=name,
-                    stopping=ANSWER,
-                    request_id=f"{number}",
-                    timeout=30,
-                )
-                assert answer.usage.durable
-                answers[name, number] = answer.token_ids
-                acknowledged[name] = number + 1
-        except errors.ApiaryError:
-            pass  # the worker was killed
-
-    worker = start()
-    with worker.client() as client:
-        for name in acknowledged:
-            client.create_session(name)
-            client.generate(f"Turn 0 of {name}.", session=name, stopping=ANSWER, request_id="0")
-            acknowledged[name] = 1
-    for _ in range(6):
-        with worker.client() as client:
-            threads = [threading.Thread(target=talk, args=(client, name)) for name in acknowledged]
-            for thread in threads:
-                thread.start()
-            threading.Event().wait(rng.uniform(0.05, 1.5))
-            worker.kill()
-            for thread in threads:
-                thread.join(30)
-        worker = start()
-        with worker.client() as client:
-            for name, count in acknowledged.items():
-                turns = client.get_session(name).turn_count
-                assert count <= turns <= count + 1, "at most one more, whose end did not arrive"
-                if turns > count:  # it is told again
-                    again = client.generate(
-                        f"Turn {count} of {name}.", session=name, stopping=ANSWER, request_id=f"{count}"
-                    )
-                    answers[name, count] = again.token_ids
-                    acknowledged[name] = turns
-    with worker.client() as client:
-        for name, count in acknowledged.items():
-            calm = client.create_session()
-            for number in range(count):
-                whole = client.generate(f"Turn {number} of {name}.", session=calm, stopping=ANSWER)
-                if (name, number) in answers:
-                    assert answers[name, number] == whole.token_ids, (name, number)
-    assert sum(acknowledged.values()) > 12
     assert worker.stop() == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -112,25 +112,18 @@ class Own:
             EngineError: it does not start.
         """
         flags = {
-            "--listen": "127.0.0.1:0",
             "--model": self._model,
             "--weights": self._weights,
             "--cache-budget": str(workload.budget_bytes),
             "--parked-budget": "0",
             "--max-running": str(max(64, workload.sessions)),
-            "--log-level": "warning",
         }
-        command = [
-            sys.executable,
-            "-c",
-            _PROGRAM,
-            "serve",
-            *(part for flag in flags.items() for part in flag),
-        ]
-        async with started(self.name, command, self._log, {}) as process:
-            target = await _target(process)
-            async with aio.Client(target) as client, _worker(client, self._policy, process) as worker:
-                yield worker
+        async with (
+            serving(self.name, flags, self._log) as (process, target),
+            aio.Client(target) as client,
+            _worker(client, self._policy, process) as worker,
+        ):
+            yield worker
 
 
 class Running:
@@ -151,6 +144,27 @@ class Running:
         """
         async with aio.Client(self._target) as client, _worker(client, self._policy, None) as worker:
             yield worker
+
+
+@asynccontextmanager
+async def serving(name: str, flags: Mapping[str, str], log: Path) -> AsyncIterator[tuple[Process, str]]:
+    """`apiary serve` in a process of its own, on a free port; it ends with the context.
+
+    Args:
+        name: in errors.
+        flags: beside `--listen` and `--log-level`.
+        log: takes its stderr, anew.
+
+    Yields:
+        The process, and where it listens, once it is ready.
+
+    Raises:
+        EngineError: it does not start.
+    """
+    flags = {"--listen": "127.0.0.1:0", **flags, "--log-level": "warning"}
+    command = [sys.executable, "-c", _PROGRAM, "serve", *(part for flag in flags.items() for part in flag)]
+    async with started(name, command, log, {}) as process:
+        yield process, await _target(process)
 
 
 @asynccontextmanager

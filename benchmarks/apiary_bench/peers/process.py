@@ -56,6 +56,11 @@ class Process:
         """Resident bytes of it and all that it started, shared pages counted once; None without /proc."""
         return _resident(self._process.pid)
 
+    def kill(self) -> None:
+        """End it by force, whatever it does."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
     async def stop(self) -> None:
         """End it by asking, then by force, with all that it started and left."""
         with suppress(ProcessLookupError):

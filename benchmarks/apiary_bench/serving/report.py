@@ -47,7 +47,7 @@ def heading(workload: Workload, run: Run) -> str:
     if workload.history:
         asked += f", after {workload.history} of history"
     asked += f"; {workload.arrival}" + (f" at {workload.rate:g} turns/s" if workload.rate is not None else "")
-    return f"{asked}\n{_worker(run.model, run.policy, run.before)}"
+    return f"{asked}\n{worker(run.model, run.policy, run.before)}"
 
 
 def latencies(summary: Summary) -> Table:
@@ -102,7 +102,7 @@ def interference_heading(scene: Scene, found: Interference) -> str:
     policy = scene.policy or found.model.default_policy
     return (
         f"a prompt of {scene.prompt} tokens beside {scene.streams} streams with {scene.history} of history\n"
-        f"{_worker(found.model, policy, found.capacity)}"
+        f"{worker(found.model, policy, found.capacity)}"
     )
 
 
@@ -122,7 +122,8 @@ def interference(found: Interference) -> Table:
     return table
 
 
-def _worker(model: Model, policy: str, capacity: Capacity) -> str:
+def worker(model: Model, policy: str, capacity: Capacity) -> str:
+    """A worker in a line."""
     return (
         f"{model.name.removeprefix('models/')}, {policy}; weights {model.weight_dtype}, "
         f"cache {model.cache_dtype}, budget {capacity.budget_bytes / 2**20:,.0f} MiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Generator
 from contextlib import closing
@@ -24,6 +25,8 @@ from apiary_client.types import Delta, Usage
 out = Console(highlight=False, markup=False, emoji=False)
 _wide = Console(highlight=False, markup=False, emoji=False, width=1000)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+_CONTROLS = re.compile("[\x7f-\x9f]")  # those that JSON leaves as they are
 
 
 def write(text: str) -> None:
@@ -95,10 +98,11 @@ def _hint(error: errors.ApiaryError, target: str) -> str | None:
 
 
 def json_text(value: object) -> str:
-    """Return dataclasses, lists and dictionaries of them as JSON for programs."""
+    """Return dataclasses, lists and dictionaries of them as JSON for programs. No terminal obeys it."""
     plain = [asdict(item) for item in value] if isinstance(value, list) else value
     plain = asdict(plain) if is_dataclass(plain) and not isinstance(plain, type) else plain
-    return json.dumps(plain, indent=2, ensure_ascii=False, default=_json_scalar)
+    text = json.dumps(plain, indent=2, ensure_ascii=False, default=_json_scalar)
+    return _CONTROLS.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
 
 
 def _json_scalar(value: object) -> Any:

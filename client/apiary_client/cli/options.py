@@ -41,6 +41,9 @@ TlsRootFile: TypeAlias = Annotated[
     Path | None,
     typer.Option(metavar="PEM", help="Encrypt; trust these roots instead.", rich_help_panel=_WHERE),
 ]
+Name: TypeAlias = Annotated[
+    str, typer.Argument(metavar="NAME", help="The session's id, with or without `sessions/`.")
+]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 Policy: TypeAlias = Annotated[

@@ -35,6 +35,7 @@ def register(app: typer.Typer) -> None:
             "apiary serve --model ./my-llama --metrics-port 9464",
             "apiary serve --listen 0.0.0.0:50051 --tls-cert-file cert.pem --tls-key-file key.pem",
             "APIARY_CACHE_BUDGET=8GiB apiary serve --config worker.toml",
+            "apiary serve --store 'valkey://10.0.0.7:6379/0?namespace=bees' --store-password-file password",
         )
     )(serve)
 
@@ -135,19 +136,45 @@ def serve(
     state_dir: Annotated[
         str | None,
         _flag(
-            _STATE, "DIR", "", "Store sessions there, and take up those that are there; without it they end."
+            _STATE,
+            "DIR",
+            "",
+            "Store sessions there, and take up those that are there; without it, or --store, they end.",
         ),
+    ] = None,
+    store: Annotated[
+        str | None,
+        _flag(
+            _STATE,
+            "URL",
+            "",
+            "Store sessions in a Valkey server instead: valkey://HOST:PORT/DB?namespace=NAME&lease=SECONDS "
+            "(valkeys:// for TLS, with ca=FILE; unix:///PATH for a socket). A namespace (apiary unless said "
+            "otherwise) is one worker's; another takes it over when that has been dead for the lease (10).",
+        ),
+    ] = None,
+    store_password_file: Annotated[
+        str | None, _flag(_STATE, "FILE", "", "Its password; in the URL others on this machine could see it.")
     ] = None,
     durability: Annotated[
         str | None,
-        _flag(
-            _STATE, "turn|idle|off", "turn", "An answer's end waits until the turn is on disk; or nothing is."
-        ),
+        _flag(_STATE, "turn|idle|off", "turn", "Store caches after each turn, when idle, or nothing at all."),
+    ] = None,
+    snapshot_delay: Annotated[
+        str | None, _flag(_STATE, "SECONDS", "30", "With --durability idle, how long that is.")
+    ] = None,
+    stored_budget: Annotated[
+        str | None, _flag(_STATE, "SIZE", "16GiB", "Disk for stored caches; the oldest go first.")
+    ] = None,
+    checkpoints: Annotated[
+        str | None, _flag(_STATE, "N", "0", "Earlier caches of a session to store: rewinds are quick then.")
     ] = None,
     store_patience: Annotated[
-        str | None, _flag(_STATE, "SECONDS", "2", "How long an answer's end waits for a disk that hangs.")
+        str | None, _flag(_STATE, "SECONDS", "2", "How long an answer's end waits for a store that hangs.")
     ] = None,
-    snapshot_key_file: Annotated[str | None, _flag(_STATE, "FILE", "", "Key that signs snapshots.")] = None,
+    snapshot_key_file: Annotated[
+        str | None, _flag(_STATE, "FILE", "", "Key that signs stored caches; others are refused.")
+    ] = None,
     otlp_endpoint: Annotated[
         str | None, _flag(_TELEMETRY, "URL", "", "Send traces and metrics there (OTLP over gRPC).")
     ] = None,

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated
 
 import typer
 from rich.filesize import decimal
 from rich.table import Column, Table
-from rich.text import Text
 
-from apiary_client.cli import console
-from apiary_client.cli.options import DEFAULT_TARGET, Json, Target, Tenant, Tls, TlsRootFile, connect
-from apiary_client.types import Session
+from apiary_client.cli import cache_map, console, transfer
+from apiary_client.cli.options import DEFAULT_TARGET, Json, Name, Target, Tenant, Tls, TlsRootFile, connect
+from apiary_client.cli.session_table import show_session, when
 
 app = typer.Typer(no_args_is_help=True, help="Look at sessions; change, copy, rewind and delete them.")
-
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The session's id, with or without `sessions/`.")]
+cache_map.register(app)
+transfer.register(app)
 
 
 @app.command(
@@ -51,7 +49,7 @@ def list_(
             str(session.token_count),
             f"{session.cache.entries} / {session.cache.bound}",
             decimal(session.cache.bytes),
-            _when(session.expire_time),
+            when(session.expire_time),
         )
     console.table(table)
 
@@ -68,7 +66,7 @@ def show(
     """Show one session."""
     with connect(target, tenant, tls, tls_root_file) as client:
         session = client.get_session(name)
-    _print(session, json)
+    show_session(session, json)
 
 
 @app.command(
@@ -98,12 +96,12 @@ def update(
     tls_root_file: TlsRootFile = None,
 ) -> None:
     """Change a session's settings; what is not given stays."""
-    labels = None if label is None else dict(_pair(text) for text in label)
+    labels = None if label is None else _labels(label)
     if policy is None and ttl is None and labels is None:
         raise typer.BadParameter("give --policy, --ttl or --label", param_hint="apiary sessions update")
     with connect(target, tenant, tls, tls_root_file) as client:
         session = client.update_session(name, policy=policy, ttl=ttl, labels=labels)
-    _print(session, json)
+    show_session(session, json)
 
 
 @app.command(epilog=console.examples("apiary sessions fork work", "apiary sessions fork work second-try"))
@@ -119,7 +117,7 @@ def fork(
     """Copy a session: both go on from here, each on its own."""
     with connect(target, tenant, tls, tls_root_file) as client:
         session = client.fork_session(name, new)
-    _print(session, json)
+    show_session(session, json)
 
 
 @app.command(
@@ -139,7 +137,10 @@ def rewind(
     tls: Tls = False,
     tls_root_file: TlsRootFile = None,
 ) -> None:
-    """Take a session's last turns back; the next turn computes its cache anew."""
+    """Take a session's last turns back.
+
+    The next turn computes the cache anew, but for what a checkpoint has (apiary serve --checkpoints).
+    """
     if (keep is None) == (back is None):
         raise typer.BadParameter("give one of --keep and --back", param_hint="apiary sessions rewind")
     with connect(target, tenant, tls, tls_root_file) as client:
@@ -149,7 +150,7 @@ def rewind(
             if keep < 0:
                 console.fail(f"{name} has {turns} turns: --back is at most that")
         session = client.rewind_session(name, keep)
-    _print(session, json)
+    show_session(session, json)
 
 
 @app.command(epilog=console.examples("apiary sessions delete work"))
@@ -167,39 +168,13 @@ def delete(
             console.note(f"deleted {name}")
 
 
-def _print(session: Session, json: bool) -> None:
-    if json:
-        console.write(console.json_text(session) + "\n")
-    else:
-        console.table(details(session))
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, separator, value = text.partition("=")
-    if not (key and separator):
-        raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--label")
-    return key, value
-
-
-def details(session: Session) -> Table:
-    """Return a session's facts as a table."""
-    cache = session.cache
-    table = Table.grid(padding=(0, 2))
-    for label, value in (
-        ("session", session.name),
-        ("state", session.state),
-        ("policy", session.policy),
-        ("turns", str(session.turn_count)),
-        ("tokens", str(session.token_count)),
-        ("cache", f"{cache.entries} of at most {cache.bound} entries, {decimal(cache.bytes)}"),
-        ("created", _when(session.create_time)),
-        ("last turn", _when(session.update_time)),
-        ("expires", _when(session.expire_time)),
-        ("labels", ", ".join(f"{key}={value}" for key, value in sorted(session.labels.items())) or "none"),
-    ):
-        table.add_row(Text(label, style="dim"), value)
-    return table
-
-
-def _when(time: datetime | None) -> str:
-    return time.astimezone().strftime("%Y-%m-%d %H:%M") if time else "never"
+def _labels(pairs: list[str]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not (key and separator):
+            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--label")
+        if key in labels:
+            raise typer.BadParameter(f"{key!r} is given twice: a label has one value", param_hint="--label")
+        labels[key] = value
+    return labels

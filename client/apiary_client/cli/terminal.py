@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from rich.text import Text
 
-from apiary_client.cli import console, sessions
+from apiary_client.cli import console, session_table
 from apiary_client.cli.conversation import Conversation
 from apiary_client.errors import ApiaryError
 from apiary_client.types import Usage
@@ -41,7 +41,9 @@ def run(conversation: Conversation, target: str) -> None:
                 case "/help":
                     console.out.print(_HELP)
                 case "/info":
-                    console.table(sessions.details(conversation.client.get_session(conversation.session)))
+                    console.table(
+                        session_table.details(conversation.client.get_session(conversation.session))
+                    )
                 case _ if line.startswith("/"):
                     console.out.print(f"no command {line.split()[0]}; /help lists them")
                 case _:

@@ -63,6 +63,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE + RetryInfo. The worker is draining."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 16
     """INTERNAL. A fault of ours; the metadata has `incident`, which the worker logged."""
+    ERROR_REASON_SNAPSHOT_REFUSED: _ErrorReason.ValueType  # 17
+    """INVALID_ARGUMENT. A snapshot to import is broken, not signed by this worker's key, or of another
+    model; the metadata has `cause`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the `reason` of the `google.rpc.ErrorInfo` that every
@@ -111,4 +115,8 @@ ERROR_REASON_DRAINING: ErrorReason.ValueType  # 15
 """UNAVAILABLE + RetryInfo. The worker is draining."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 16
 """INTERNAL. A fault of ours; the metadata has `incident`, which the worker logged."""
+ERROR_REASON_SNAPSHOT_REFUSED: ErrorReason.ValueType  # 17
+"""INVALID_ARGUMENT. A snapshot to import is broken, not signed by this worker's key, or of another
+model; the metadata has `cause`.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -517,6 +517,8 @@ class Usage(_message.Message):
         REBUILD_REASON_REWOUND: Usage._RebuildReason.ValueType  # 4
         REBUILD_REASON_RESTARTED: Usage._RebuildReason.ValueType  # 5
         """The worker started again, and had the transcript alone."""
+        REBUILD_REASON_SNAPSHOT_EVICTED: Usage._RebuildReason.ValueType  # 6
+        """Its snapshot had to make room for others'."""
 
     class RebuildReason(_RebuildReason, metaclass=_RebuildReasonEnumTypeWrapper):
         """Why a session's cache was rebuilt from its transcript."""
@@ -529,6 +531,8 @@ class Usage(_message.Message):
     REBUILD_REASON_REWOUND: Usage.RebuildReason.ValueType  # 4
     REBUILD_REASON_RESTARTED: Usage.RebuildReason.ValueType  # 5
     """The worker started again, and had the transcript alone."""
+    REBUILD_REASON_SNAPSHOT_EVICTED: Usage.RebuildReason.ValueType  # 6
+    """Its snapshot had to make room for others'."""
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
@@ -553,7 +557,7 @@ class Usage(_message.Message):
     seed: _builtins.int
     """The seed that was used."""
     durable: _builtins.bool
-    """The turn is on disk, and outlives the worker. False without `--state-dir`, and while its store fails."""
+    """The turn is on disk, and outlives the worker. False without `--state-dir` or `--store`, and while that fails."""
     @_builtins.property
     def queue_time(self) -> _duration_pb2.Duration:
         """From arrival to the first step."""

@@ -379,17 +379,64 @@ Global___RewindSessionRequest: _TypeAlias = RewindSessionRequest  # noqa: Y015
 class GetCacheMapRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _View:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ViewEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[GetCacheMapRequest._View.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        VIEW_UNSPECIFIED: GetCacheMapRequest._View.ValueType  # 0
+        """As `VIEW_SUMMARY`."""
+        VIEW_SUMMARY: GetCacheMapRequest._View.ValueType  # 1
+        """Counts, and the tokens that most heads keep. Of bounded size, whatever the cache holds."""
+        VIEW_FULL: GetCacheMapRequest._View.ValueType  # 2
+        """Beside that each entry of each layer and head, and all kept tokens. Refused where it would be larger than
+        the server's `--max-message-bytes`; the error says how many layers may be named instead.
+        """
+
+    class View(_View, metaclass=_ViewEnumTypeWrapper):
+        """How much to tell."""
+
+    VIEW_UNSPECIFIED: GetCacheMapRequest.View.ValueType  # 0
+    """As `VIEW_SUMMARY`."""
+    VIEW_SUMMARY: GetCacheMapRequest.View.ValueType  # 1
+    """Counts, and the tokens that most heads keep. Of bounded size, whatever the cache holds."""
+    VIEW_FULL: GetCacheMapRequest.View.ValueType  # 2
+    """Beside that each entry of each layer and head, and all kept tokens. Refused where it would be larger than
+    the server's `--max-message-bytes`; the error says how many layers may be named instead.
+    """
+
     NAME_FIELD_NUMBER: _builtins.int
+    VIEW_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    COLUMN_COUNT_FIELD_NUMBER: _builtins.int
+    TOKEN_LIMIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`sessions/{id}`."""
+    view: Global___GetCacheMapRequest.View.ValueType
+    """Default the summary."""
+    column_count: _builtins.int
+    """In how many columns of neighbouring tokens to count, at most 512; 0 means 64. There are never more than
+    tokens.
+    """
+    token_limit: _builtins.int
+    """The most tokens in a summary, at most 1,000; 0 means 50. A full map has all, and refuses it."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Which layers to tell of, from 0, each once; all of them if empty."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        view: Global___GetCacheMapRequest.View.ValueType = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        column_count: _builtins.int = ...,
+        token_limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["column_count", b"column_count", "layers", b"layers", "name", b"name", "token_limit", b"token_limit", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -397,71 +444,292 @@ Global___GetCacheMapRequest: _TypeAlias = GetCacheMapRequest  # noqa: Y015
 
 @_typing.final
 class CacheMap(_message.Message):
-    """Which tokens each layer and head keeps."""
+    """Which tokens each layer and KV head keeps. All heads hold equally many entries, and not the same."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[CacheMap._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: CacheMap._Kind.ValueType  # 0
+        KIND_SINK: CacheMap._Kind.ValueType  # 1
+        """Among the first, which always stay."""
+        KIND_SAMPLED: CacheMap._Kind.ValueType  # 2
+        """Left by compactions that thin what is old at intervals."""
+        KIND_CELL: CacheMap._Kind.ValueType  # 3
+        """Left by a compaction as the best of its cell, that is, of its neighbours. `buzz2` also lets the most
+        important entries stay wherever they lie, between the cells: with it, either of the two.
+        """
+        KIND_HEAVY: CacheMap._Kind.ValueType  # 4
+        """Left by a compaction for the attention that it received, wherever it lies."""
+        KIND_MIDDLE: CacheMap._Kind.ValueType  # 5
+        """Older than the window, and no compaction has chosen between it and others yet."""
+        KIND_WINDOW: CacheMap._Kind.ValueType  # 6
+        """Among the most recent, which always stay."""
+        KIND_PINNED: CacheMap._Kind.ValueType  # 7
+        """Kept because somebody asked for it. Reserved: no request can ask for that yet."""
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
+        """Why an entry is kept."""
+
+    KIND_UNSPECIFIED: CacheMap.Kind.ValueType  # 0
+    KIND_SINK: CacheMap.Kind.ValueType  # 1
+    """Among the first, which always stay."""
+    KIND_SAMPLED: CacheMap.Kind.ValueType  # 2
+    """Left by compactions that thin what is old at intervals."""
+    KIND_CELL: CacheMap.Kind.ValueType  # 3
+    """Left by a compaction as the best of its cell, that is, of its neighbours. `buzz2` also lets the most
+    important entries stay wherever they lie, between the cells: with it, either of the two.
+    """
+    KIND_HEAVY: CacheMap.Kind.ValueType  # 4
+    """Left by a compaction for the attention that it received, wherever it lies."""
+    KIND_MIDDLE: CacheMap.Kind.ValueType  # 5
+    """Older than the window, and no compaction has chosen between it and others yet."""
+    KIND_WINDOW: CacheMap.Kind.ValueType  # 6
+    """Among the most recent, which always stay."""
+    KIND_PINNED: CacheMap.Kind.ValueType  # 7
+    """Kept because somebody asked for it. Reserved: no request can ask for that yet."""
+
     NAME_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    KV_HEADS_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    KEPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`sessions/{id}`."""
+    state: Global___Session.State.ValueType
+    """Where the cache lies. There is none, and so no entry, if it is `STATE_EMPTY` or `STATE_STORED`."""
+    policy: _builtins.str
+    """The session's cache policy."""
+    entries: _builtins.int
+    """Entries of each layer and KV head."""
+    kv_heads: _builtins.int
+    """KV heads of each layer."""
+    token_count: _builtins.int
+    """Tokens of the transcript that the cache has seen: the first ones. Of those that it keeps the positions are
+    told, from 0.
+    """
+    kept_token_count: _builtins.int
+    """How many of them some head of these layers keeps."""
     @_builtins.property
-    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerMap]: ...
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerMap]:
+        """The layers that were asked for."""
+
+    @_builtins.property
+    def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___MapColumn]:
+        """Those tokens, cut into columns of neighbours; as many to each, or one more."""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeptToken]:
+        """Full: all of those, in order. Summary: first those that compactions chose, then the others; in either part
+        those that the most heads keep first, of these the ones with the largest mean score, of these the earliest.
+        """
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         layers: _abc.Iterable[Global___LayerMap] | None = ...,
+        state: Global___Session.State.ValueType = ...,
+        policy: _builtins.str = ...,
+        entries: _builtins.int = ...,
+        kv_heads: _builtins.int = ...,
+        token_count: _builtins.int = ...,
+        columns: _abc.Iterable[Global___MapColumn] | None = ...,
+        kept_token_count: _builtins.int = ...,
+        tokens: _abc.Iterable[Global___KeptToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "entries", b"entries", "kept_token_count", b"kept_token_count", "kv_heads", b"kv_heads", "layers", b"layers", "name", b"name", "policy", b"policy", "state", b"state", "token_count", b"token_count", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CacheMap: _TypeAlias = CacheMap  # noqa: Y015
 
 @_typing.final
+class MapColumn(_message.Message):
+    """Neighbouring tokens of the transcript."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """Position of the first."""
+    stop: _builtins.int
+    """Position after the last."""
+    kind: Global___CacheMap.Kind.ValueType
+    """Of which kind the most entries are that the layers asked for keep of them; unspecified if they keep none."""
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        stop: _builtins.int = ...,
+        kind: Global___CacheMap.Kind.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "start", b"start", "stop", b"stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MapColumn: _TypeAlias = MapColumn  # noqa: Y015
+
+@_typing.final
+class KeptToken(_message.Message):
+    """A token of the transcript that some head keeps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    HEAD_COUNT_FIELD_NUMBER: _builtins.int
+    MEAN_SCORE_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """Its place in the transcript, from 0."""
+    token_id: _builtins.int
+    text: _builtins.str
+    """Its text as it is, special tokens' too: it may hold control characters. Bytes that are no whole
+    character by themselves are U+FFFD.
+    """
+    head_count: _builtins.int
+    """How many heads keep it, in all layers asked for."""
+    mean_score: _builtins.float
+    """The mean of its scores there; absent where the policy records none."""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___CacheMap.Kind.ValueType]:
+        """As what they keep it."""
+
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        token_id: _builtins.int = ...,
+        text: _builtins.str = ...,
+        head_count: _builtins.int = ...,
+        mean_score: _builtins.float | None = ...,
+        kinds: _abc.Iterable[Global___CacheMap.Kind.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_score", b"_mean_score", "mean_score", b"mean_score"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_score", b"_mean_score", "head_count", b"head_count", "kinds", b"kinds", "mean_score", b"mean_score", "position", b"position", "text", b"text", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__mean_score: _TypeAlias = _typing.Literal["mean_score"]  # noqa: Y015
+    _WhichOneofArgType__mean_score: _TypeAlias = _typing.Literal["_mean_score", b"_mean_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_score) -> _WhichOneofReturnType__mean_score | None: ...
+
+Global___KeptToken: _TypeAlias = KeptToken  # noqa: Y015
+
+@_typing.final
 class LayerMap(_message.Message):
-    """The kept tokens of one layer."""
+    """What one layer keeps."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADS_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    COLUMN_ENTRIES_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Which layer, from 0."""
     @_builtins.property
-    def heads(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadMap]: ...
+    def heads(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadMap]:
+        """Its KV heads, in order. Full maps only."""
+
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedCompositeFieldContainer[Global___KindCount]:
+        """Its entries, by kind."""
+
+    @_builtins.property
+    def column_entries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its entries, by column."""
+
     def __init__(
         self,
         *,
         heads: _abc.Iterable[Global___HeadMap] | None = ...,
+        layer: _builtins.int = ...,
+        kinds: _abc.Iterable[Global___KindCount] | None = ...,
+        column_entries: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["column_entries", b"column_entries", "heads", b"heads", "kinds", b"kinds", "layer", b"layer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LayerMap: _TypeAlias = LayerMap  # noqa: Y015
 
 @_typing.final
+class KindCount(_message.Message):
+    """How many entries are of a kind."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    kind: Global___CacheMap.Kind.ValueType
+    entries: _builtins.int
+    """Of all KV heads of the layer."""
+    def __init__(
+        self,
+        *,
+        kind: Global___CacheMap.Kind.ValueType = ...,
+        entries: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KindCount: _TypeAlias = KindCount  # noqa: Y015
+
+@_typing.final
 class HeadMap(_message.Message):
-    """The kept tokens of one KV head."""
+    """What one KV head keeps; the lists are equally long, and in order of the positions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     POSITIONS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Positions in the transcript, in order."""
+        """Positions in the transcript, from 0."""
+
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The softmax weight that each key has received, as the policy adds it up: some forget, or restart. Empty
+        where the policy records none.
+        """
+
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___CacheMap.Kind.ValueType]:
+        """Why each is kept."""
 
     def __init__(
         self,
         *,
         positions: _abc.Iterable[_builtins.int] | None = ...,
+        scores: _abc.Iterable[_builtins.float] | None = ...,
+        kinds: _abc.Iterable[Global___CacheMap.Kind.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["positions", b"positions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kinds", b"kinds", "positions", b"positions", "scores", b"scores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -492,15 +760,20 @@ class ExportSessionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CHUNK_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
+    """The next bytes. All together have a checksum, and a signature where the worker has a key."""
+    total_bytes: _builtins.int
+    """How many bytes there are in all; in the first message alone."""
     def __init__(
         self,
         *,
         chunk: _builtins.bytes = ...,
+        total_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -513,8 +786,9 @@ class ImportSessionRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """The new session's id, in the first message; drawn by the server if empty."""
+    """The new session's id, in the first message alone; drawn by the server if empty."""
     chunk: _builtins.bytes
+    """The next bytes of what was streamed out; of any size, up to the server's largest message."""
     def __init__(
         self,
         *,

@@ -139,29 +139,33 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RewindSession(self, request, context):
-        """Takes a session's last turns back: it is as it was before them. The next turn computes the cache anew,
-        and says so in its usage; a session with a turn in flight is refused.
+        """Takes a session's last turns back: it is as it was before them. The next turn goes on from the newest
+        checkpoint that is not newer (`--checkpoints`), computes what that lacks of the cache, or all of it, and
+        says so in its usage; a session with a turn in flight is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetCacheMap(self, request, context):
-        """Tells which tokens the cache keeps. Not implemented yet.
+        """Tells which tokens of its transcript a session's cache keeps, and why. Changes nothing, and stands in no
+        turn's way; a session with a turn in flight is refused, and one without a cache has a map without entries.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportSession(self, request, context):
-        """Streams a snapshot out. Not implemented yet.
+        """Streams a session out: settings, transcript and cache, for another worker of the same model. A session
+        with a turn in flight is refused; it stays as it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ImportSession(self, request_iterator, context):
-        """Streams a snapshot in. Not implemented yet.
+        """Adds a session that was streamed out, as it was then; it goes on without computing anything. Where the
+        model is computed otherwise, the next turn computes the cache anew, and says so in its usage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,15 +53,22 @@ class SessionServiceStub:
     as copying the cache, however long the history; a session with a turn in flight is refused.
     """
     RewindSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.Session]
-    """Takes a session's last turns back: it is as it was before them. The next turn computes the cache anew,
-    and says so in its usage; a session with a turn in flight is refused.
+    """Takes a session's last turns back: it is as it was before them. The next turn goes on from the newest
+    checkpoint that is not newer (`--checkpoints`), computes what that lacks of the cache, or all of it, and
+    says so in its usage; a session with a turn in flight is refused.
     """
     GetCacheMap: _grpc.UnaryUnaryMultiCallable[_session_pb2.GetCacheMapRequest, _session_pb2.CacheMap]
-    """Tells which tokens the cache keeps. Not implemented yet."""
+    """Tells which tokens of its transcript a session's cache keeps, and why. Changes nothing, and stands in no
+    turn's way; a session with a turn in flight is refused, and one without a cache has a map without entries.
+    """
     ExportSession: _grpc.UnaryStreamMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]
-    """Streams a snapshot out. Not implemented yet."""
+    """Streams a session out: settings, transcript and cache, for another worker of the same model. A session
+    with a turn in flight is refused; it stays as it is.
+    """
     ImportSession: _grpc.StreamUnaryMultiCallable[_session_pb2.ImportSessionRequest, _session_pb2.Session]
-    """Streams a snapshot in. Not implemented yet."""
+    """Adds a session that was streamed out, as it was then; it goes on without computing anything. Where the
+    model is computed otherwise, the next turn computes the cache anew, and says so in its usage.
+    """
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
@@ -87,15 +94,22 @@ class SessionServiceAsyncStub(SessionServiceStub):
     as copying the cache, however long the history; a session with a turn in flight is refused.
     """
     RewindSession: _aio.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Takes a session's last turns back: it is as it was before them. The next turn computes the cache anew,
-    and says so in its usage; a session with a turn in flight is refused.
+    """Takes a session's last turns back: it is as it was before them. The next turn goes on from the newest
+    checkpoint that is not newer (`--checkpoints`), computes what that lacks of the cache, or all of it, and
+    says so in its usage; a session with a turn in flight is refused.
     """
     GetCacheMap: _aio.UnaryUnaryMultiCallable[_session_pb2.GetCacheMapRequest, _session_pb2.CacheMap]  # type: ignore[assignment]
-    """Tells which tokens the cache keeps. Not implemented yet."""
+    """Tells which tokens of its transcript a session's cache keeps, and why. Changes nothing, and stands in no
+    turn's way; a session with a turn in flight is refused, and one without a cache has a map without entries.
+    """
     ExportSession: _aio.UnaryStreamMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]  # type: ignore[assignment]
-    """Streams a snapshot out. Not implemented yet."""
+    """Streams a session out: settings, transcript and cache, for another worker of the same model. A session
+    with a turn in flight is refused; it stays as it is.
+    """
     ImportSession: _aio.StreamUnaryMultiCallable[_session_pb2.ImportSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Streams a snapshot in. Not implemented yet."""
+    """Adds a session that was streamed out, as it was then; it goes on without computing anything. Where the
+    model is computed otherwise, the next turn computes the cache anew, and says so in its usage.
+    """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps conversations: each has a transcript, a bounded cache, settings and an
@@ -160,8 +174,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.RewindSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Takes a session's last turns back: it is as it was before them. The next turn computes the cache anew,
-        and says so in its usage; a session with a turn in flight is refused.
+        """Takes a session's last turns back: it is as it was before them. The next turn goes on from the newest
+        checkpoint that is not newer (`--checkpoints`), computes what that lacks of the cache, or all of it, and
+        says so in its usage; a session with a turn in flight is refused.
         """
 
     @_abc_1.abstractmethod
@@ -170,7 +185,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.GetCacheMapRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.CacheMap, _abc.Awaitable[_session_pb2.CacheMap]]:
-        """Tells which tokens the cache keeps. Not implemented yet."""
+        """Tells which tokens of its transcript a session's cache keeps, and why. Changes nothing, and stands in no
+        turn's way; a session with a turn in flight is refused, and one without a cache has a map without entries.
+        """
 
     @_abc_1.abstractmethod
     def ExportSession(
@@ -178,7 +195,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.ExportSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_session_pb2.ExportSessionResponse], _abc.AsyncIterator[_session_pb2.ExportSessionResponse]]:
-        """Streams a snapshot out. Not implemented yet."""
+        """Streams a session out: settings, transcript and cache, for another worker of the same model. A session
+        with a turn in flight is refused; it stays as it is.
+        """
 
     @_abc_1.abstractmethod
     def ImportSession(
@@ -186,6 +205,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_session_pb2.ImportSessionRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Streams a snapshot in. Not implemented yet."""
+        """Adds a session that was streamed out, as it was then; it goes on without computing anything. Where the
+        model is computed otherwise, the next turn computes the cache anew, and says so in its usage.
+        """
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,4 +1,5 @@
-"""How a request becomes a turn: a place in the queue, its session's next turn, and what came of it before."""
+"""How a request becomes a turn: a place in the queue, its session's next turn and cache, and what came of it
+before."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from apiary_server.engine.door import Door
 from apiary_server.engine.loop import Loop
 from apiary_server.engine.places import Place, Places
 from apiary_server.engine.request import TurnRequest
+from apiary_server.engine.restorer import Restorer
 from apiary_server.engine.scheduler import Scheduler
 from apiary_server.engine.turn import Turn
 from apiary_server.sessions.manager import SessionManager
@@ -37,6 +39,15 @@ class _Opening:
             self.place.release()
             raise
 
+    @contextlib.contextmanager
+    def or_tell(self) -> Iterator[None]:
+        """If what is done fails, release the place and raise the error where the caller waits, not here."""
+        try:
+            with self.or_give_back():
+                yield
+        except BaseException as error:
+            self.queued.set_exception(error)
+
     def done(self) -> None:
         """The place is no longer needed, and the caller need not wait."""
         self.place.release()
@@ -51,13 +62,17 @@ class Admission:
         scheduler: which turns may wait.
         loop: what takes them.
         sessions: the table of sessions.
+        restorer: brings their caches back.
     """
 
-    def __init__(self, door: Door, scheduler: Scheduler, loop: Loop, sessions: SessionManager) -> None:
+    def __init__(
+        self, door: Door, scheduler: Scheduler, loop: Loop, sessions: SessionManager, restorer: Restorer
+    ) -> None:
         self._door = door
         self._scheduler = scheduler
         self._loop = loop
         self._sessions = sessions
+        self._restorer = restorer
         self._places = Places()
         self._draining = False
         self._thread = ThreadPoolExecutor(1, "admission")  # for turns that had to wait
@@ -126,11 +141,31 @@ class Admission:
         """Queue a turn that has its session, unless the same request was before it in line."""
         if held.cancelled():
             raise errors.Cancelled("cancelled by the caller")
-        session, earlier = held.result(), self._door.earlier(opening.request)
+        session = held.result()
+        try:
+            earlier = self._door.earlier(opening.request)
+        except BaseException:
+            self._sessions.end_turn(session)
+            raise
         if isinstance(earlier, Answer):
             self._sessions.end_turn(session)
             self._replay(opening, earlier)
             return
+        brought = self._restorer.bring(session)
+        if brought.done():
+            self._admit(opening, session, brought)
+        else:
+            brought.add_done_callback(
+                lambda _: self._go_on(opening, lambda: self._admit(opening, session, brought))
+            )
+
+    def _admit(self, opening: _Opening, session: Session, brought: Future[None]) -> None:
+        """Queue a turn whose session has its cache, or has to have it computed anew."""
+        try:
+            brought.result()
+        except BaseException:
+            self._sessions.end_turn(session)
+            raise
         turn = self._door.admit(opening.request, opening.stream, session)
         self._loop.post(lambda: self._arrive(opening, turn))
         opening.queued.set_result(None)
@@ -144,30 +179,25 @@ class Admission:
         """Do what is left in the thread, whoever's thread this is."""
 
         def go_on() -> None:
-            try:
-                with opening.or_give_back():
-                    work()
-            except BaseException as error:
-                opening.queued.set_exception(error)
+            with opening.or_tell():
+                work()
 
-        self._thread.submit(go_on)
+        try:
+            self._thread.submit(go_on)
+        except RuntimeError:  # closed
+            go_on()
 
     # the engine thread
 
     def _attach(self, opening: _Opening, turn: Turn) -> None:
         request = opening.request
-        try:
-            goes_on = self._loop.attach(
+        with opening.or_tell():
+            if self._loop.attach(
                 turn, request, opening.stream, lambda tokens: self._door.again(request, tokens)
-            )
-        except errors.InvalidField as error:
-            opening.place.release()
-            opening.queued.set_exception(error)
-            return
-        if goes_on:
-            opening.done()
-        else:  # it has ended meanwhile
-            self._go_on(opening, lambda: self._open(opening))
+            ):
+                opening.done()
+            else:  # it has ended meanwhile
+                self._go_on(opening, lambda: self._open(opening))
 
     def _arrive(self, opening: _Opening, turn: Turn) -> None:
         self._loop.add(turn)

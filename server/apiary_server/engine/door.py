@@ -170,7 +170,7 @@ class Door:
             stop_tokens=frozenset((*eos, *stopping.stop_token_ids)),
             seed=secrets.randbits(64) if seed is None else seed,
             cached_tokens=cached,
-            history=session.segments if cache is None else (),
+            history=session.missing(cached),
             rebuild=session.rebuild,
             digest=request.digest if request.request_id is not None else "",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 import structlog
@@ -12,18 +12,26 @@ import torch
 
 from apiary_server import errors
 from apiary_server.engine.admission import Admission
+from apiary_server.engine.cache_map import CacheCopy, CacheMap, draw
 from apiary_server.engine.delivery import TokenStream
 from apiary_server.engine.door import Door
 from apiary_server.engine.keeper import Keeper
 from apiary_server.engine.loop import Loop
 from apiary_server.engine.places import Place
-from apiary_server.engine.request import Messages, Text, TurnRequest
+from apiary_server.engine.porter import Porter
+from apiary_server.engine.request import CacheMapRequest, Messages, Text, TurnRequest
+from apiary_server.engine.restorer import Restorer
 from apiary_server.engine.result import Capacity, ModelInfo
 from apiary_server.engine.scheduler import Scheduler
+from apiary_server.engine.warmup import warm_up
+from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.journal import Journal
 from apiary_server.sessions.manager import SessionManager
+from apiary_server.sessions.snapshot import Origin
+from buzz import Rotary
 
 _LAST_WRITE = 5.0  # seconds that a store has at the end
+_LAST_SNAPSHOTS = 10.0  # seconds for the snapshots that are missing then
 _log = structlog.get_logger(__name__)
 
 
@@ -37,11 +45,15 @@ class Engine:
         loop: what the engine thread does.
         sessions: the table of sessions.
         step_limit: seconds after which a step hangs.
+        origin: whose caches are taken in.
+        rotary: the model's.
         journal: what stores sessions; None: nothing does.
+        archive: what stores their caches; None: nothing does.
 
     Attributes:
         sessions: the table of sessions.
         keeper: what is done to them between their turns.
+        porter: takes them out, and others in.
         healthy: False once the loop hung or broke; the process should end.
         on_unhealthy: called when that happens.
     """
@@ -54,11 +66,16 @@ class Engine:
         loop: Loop,
         sessions: SessionManager,
         step_limit: float,
+        origin: Origin,
+        rotary: Rotary,
         journal: Journal | None = None,
+        archive: Archive | None = None,
     ) -> None:
+        self._restorer = Restorer(archive, sessions, loop)
         self.model = model
         self.sessions = sessions
-        self.keeper = Keeper(sessions, loop.residency, loop)
+        self.keeper = Keeper(sessions, loop.residency, loop, self._restorer, archive)
+        self.porter = Porter(self.keeper, sessions, self._restorer, origin, rotary, model.vocab_size)
         self.healthy = True
         self.on_unhealthy: Callable[[], None] | None = None
         self._door = door
@@ -66,15 +83,22 @@ class Engine:
         self._loop = loop
         self._step_limit = step_limit
         self._journal = journal
-        self._admission = Admission(door, scheduler, loop, sessions)
+        self._archive = archive
+        if archive is not None:
+            archive.start(loop.post, loop.residency.image, lambda: bool(scheduler.running))
+        self._admission = Admission(door, scheduler, loop, sessions, self._restorer)
+        self._rotary = rotary
+        self._warm = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Start the loop and its watchdog."""
+        """Start the loop and its watchdog. Returns when the next step takes no longer than any other."""
         self._thread.start()
         self._watchdog.start()
+        self._restorer.start(lambda: self._busy)
+        self._warm.wait()
 
     def drain(self) -> None:
         """Take no new turns; those in flight go on."""
@@ -89,9 +113,13 @@ class Engine:
         self._stopping.set()
         self._loop.post(lambda: None)
         self._thread.join(timeout=self._step_limit)
+        self._restorer.close()
+        self.porter.close()
         self._admission.close()
         if self._journal is not None:
             self._journal.close(_LAST_WRITE)
+        if self._archive is not None and not self._thread.is_alive():
+            self._archive.close(_LAST_SNAPSHOTS)
 
     def reserve(self, tenant: str) -> Place:
         """Take a place in the queue for a turn of a tenant; see `Admission.reserve`."""
@@ -109,10 +137,14 @@ class Engine:
         """Text of token ids. Raises InvalidField if one is not in the vocabulary."""
         return self._door.tokenizer.decode(ids)
 
+    def cache_map(self, copy: CacheCopy, request: CacheMapRequest, most_bytes: int) -> CacheMap:
+        """The map of a cache of which `keeper.look` made a copy; see `draw`."""
+        return draw(copy, request, self._door.tokenizer.pieces, most_bytes)
+
     def capacity(self) -> Capacity:
         """Budgets and what is in use."""
         residency = self._loop.residency
-        pool = residency.pool
+        pool, shelf = residency.pool, None if self._archive is None else self._archive.shelf
         return Capacity(
             budget_bytes=pool.budget,
             used_bytes=pool.used_bytes,
@@ -130,8 +162,18 @@ class Engine:
             running_turns=len(self._scheduler.running),
             queued_turns=len(self._scheduler.waiting) + len(self._admission),
             queue_limit=self._scheduler.queue_limit,
-            store_degraded=self._journal is not None and self._journal.degraded,
+            store_degraded=any(each is not None and each.degraded for each in (self._journal, self._archive)),
+            stored_sessions=0 if shelf is None else len(shelf),
+            stored_bytes=0 if shelf is None else shelf.used_bytes,
+            stored_budget_bytes=0 if shelf is None else shelf.budget,
+            unread_sessions=0 if self._journal is None else self._journal.unread,
         )
+
+    def moves(self) -> Mapping[str, int]:
+        """How many caches went where so far: `parked`, `unparked`, `saved`, `stored` (and left memory),
+        `loaded`."""
+        saved = {} if self._archive is None else {"saved": self._archive.saved}
+        return {**self._loop.residency.moves, **saved}
 
     @property
     def _busy(self) -> bool:
@@ -142,6 +184,11 @@ class Engine:
     def _run(self) -> None:
         with torch.inference_mode():
             try:
+                try:
+                    session = self.sessions.one_shot("", None)
+                    warm_up(self._loop.runner, self._loop.residency, session, self._rotary)
+                finally:
+                    self._warm.set()
                 while not self._stopping.is_set():
                     self._loop.step()
                 self._loop.end_all(
@@ -150,6 +197,8 @@ class Engine:
             except Exception:
                 _log.exception("the engine loop broke")
                 self._lose_health()
+            finally:
+                self._loop.end()
 
     # the watchdog thread
 

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from typing import TypeVar
+
+import torch
 
 from apiary_server import errors
+from apiary_server.engine.cache_map import CacheCopy, copy_of
 from apiary_server.engine.loop import Loop
+from apiary_server.engine.restorer import Restorer
+from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.info import RebuildReason, SessionInfo
 from apiary_server.sessions.manager import SessionManager, resource_name
 from apiary_server.sessions.request import SessionChange
 from apiary_server.sessions.residency import Residency
 from apiary_server.sessions.session import Session
+from apiary_server.sessions.snapshot import Image, without_cache
+from apiary_server.sessions.store import StoredSession
+from apiary_server.sessions.stored import stored_of
+
+_Outcome = TypeVar("_Outcome")
+
+_PATIENCE = 5.0  # seconds for which a fork waits for room
+_LOOK = 0.02  # seconds between looks for it
 
 
 class Keeper:
-    """Copies, changes and deletes sessions. All methods may be called from any thread and wait for nothing;
-    what they return is done when the session is as it says.
+    """Creates, copies, changes and deletes sessions. All methods may be called from any thread and wait for
+    nothing; what they return is done when the session is as it says.
 
     A session whose turn is in flight is SessionBusy, but for what says otherwise; where that turn was
     abandoned, its end is waited for.
@@ -26,12 +41,40 @@ class Keeper:
         sessions: the table of sessions.
         residency: their memory.
         loop: what the engine thread does.
+        restorer: brings caches back that are stored.
+        archive: what stores them; None: nothing does.
     """
 
-    def __init__(self, sessions: SessionManager, residency: Residency, loop: Loop) -> None:
+    def __init__(
+        self,
+        sessions: SessionManager,
+        residency: Residency,
+        loop: Loop,
+        restorer: Restorer,
+        archive: Archive | None = None,
+    ) -> None:
+        self._archive = archive
+        self._restorer = restorer
         self._sessions = sessions
         self._residency = residency
         self._loop = loop
+
+    def create(
+        self,
+        tenant: str,
+        id: str | None,
+        policy: str | None,
+        expire_time: float | None,
+        ttl: float | None,
+        labels: Mapping[str, str],
+    ) -> Future[SessionInfo]:
+        """Add an empty session; see `SessionManager.create`, which raises what this does.
+
+        Returns:
+            The session, when it is stored.
+        """
+        session = self._sessions.create(tenant, id, policy, expire_time, ttl, labels)
+        return self.stored(session)
 
     def fork(self, tenant: str, id: str, new: str | None) -> Future[SessionInfo]:
         """Copy what a session has committed into a new one, which goes its own way from there.
@@ -48,7 +91,8 @@ class Keeper:
             SessionNotFound: unknown, expired or another tenant's.
             SessionBusy: a turn is in flight.
         """
-        return self._between_turns(tenant, id, lambda session: self._fork(session, new))
+        until = time.monotonic() + _PATIENCE
+        return self._change(tenant, id, lambda session: self._fork(session, new, until), cache=True)
 
     def update(self, tenant: str, id: str, change: SessionChange) -> Future[SessionInfo]:
         """Change a session's settings. With another policy the next turn computes its cache anew; but for
@@ -63,14 +107,12 @@ class Keeper:
             SessionBusy: a turn is in flight.
         """
         if change.policy is not None:
-            return self._between_turns(tenant, id, lambda session: self._update(session, change))
-        session, info = self._sessions.update(tenant, id, change)
-        done: Future[SessionInfo] = Future()
-        self._loop.when_stored(session, lambda _: done.set_result(info))
-        return done
+            return self._change(tenant, id, lambda session: self._update(session, change))
+        return self.stored(self._sessions.update(tenant, id, change))
 
     def rewind(self, tenant: str, id: str, turns: int) -> Future[SessionInfo]:
-        """Take a session's last turns back: its first `turns` stay. The next turn computes its cache anew.
+        """Take a session's last turns back: its first `turns` stay. The next turn computes its cache anew,
+        but for what an earlier snapshot has.
 
         Returns:
             The session; or InvalidField, if it has fewer turns.
@@ -79,7 +121,7 @@ class Keeper:
             SessionNotFound: unknown, expired or another tenant's.
             SessionBusy: a turn is in flight.
         """
-        return self._between_turns(tenant, id, lambda session: self._rewind(session, turns))
+        return self._change(tenant, id, lambda session: self._rewind(session, turns))
 
     def delete(self, tenant: str, id: str) -> Future[None]:
         """Take a session away, and its turn in flight with it; done when its memory is free.
@@ -97,49 +139,146 @@ class Keeper:
         self._loop.post(forget)
         return done
 
-    def _between_turns(self, tenant: str, id: str, work: Callable[[Session], Session]) -> Future[SessionInfo]:
-        """Have a session's turn for some work on the engine thread. Returns what is known then of the session
-        that the work returns."""
-        held = self._sessions.begin_turn(tenant, id)
-        done: Future[SessionInfo] = Future()
+    def copy(self, tenant: str, id: str) -> Future[tuple[StoredSession, Image]]:
+        """Copy a session, to go elsewhere: what is to be known of it, and its cache, if it has one.
+
+        Raises:
+            SessionNotFound: unknown, expired or another tenant's.
+            SessionBusy: a turn is in flight.
+        """
+        done: Future[tuple[StoredSession, Image]] = Future()
+
+        def copy(session: Session) -> Callable[[], None]:
+            memory = torch.empty(session.layout.bytes, dtype=torch.uint8)
+            image = self._residency.image(session, memory) or without_cache(session)
+            stored = stored_of(session)
+            return lambda: done.set_result((stored, image))
+
+        self._between_turns(tenant, id, copy, done, cache=True)
+        return done
+
+    def look(self, tenant: str, id: str) -> Future[CacheCopy]:
+        """Copy what a session's cache keeps. No turn has to wait for that, and what is parked stays parked.
+
+        Returns:
+            It; or SessionBusy, if a turn is in flight, or SessionNotFound, if it is gone by then.
+
+        Raises:
+            SessionNotFound: unknown, expired or another tenant's.
+        """
+        self._sessions.get(tenant, id)
+        copied: Future[CacheCopy] = Future()
 
         def run() -> None:
             try:
+                session = self._sessions.idle(tenant, id)
+                copied.set_result(copy_of(session, self._residency.look(session)))
+            except BaseException as error:
+                copied.set_exception(error)
+
+        self._loop.post(run)
+        return copied
+
+    def stored(self, session: Session) -> Future[SessionInfo]:
+        """What is known of a session now, when it is stored, or cannot be."""
+        done: Future[SessionInfo] = Future()
+        info = session.info()
+        self._loop.when_stored(session, lambda _: done.set_result(info))
+        return done
+
+    def _change(
+        self, tenant: str, id: str, work: Callable[[Session], Session | None], *, cache: bool = False
+    ) -> Future[SessionInfo]:
+        """Change a session between its turns. Returns what is known after that of the session that the work
+        returns, when that is stored; with None it is tried again soon."""
+        done: Future[SessionInfo] = Future()
+
+        def change(session: Session) -> Callable[[], None] | None:
+            outcome = work(session)
+            if outcome is None:
+                return None
+            return lambda: self.stored(outcome).add_done_callback(lambda info: done.set_result(info.result()))
+
+        self._between_turns(tenant, id, change, done, cache=cache)
+        return done
+
+    def _between_turns(
+        self,
+        tenant: str,
+        id: str,
+        work: Callable[[Session], Callable[[], None] | None],
+        done: Future[_Outcome],
+        *,
+        cache: bool,
+    ) -> None:
+        """Have a session's turn for some work on the engine thread. What the work returns is called when that
+        turn is over; if that is None, the work is tried again soon. What it raises is set to `done`.
+
+        With `cache`, which may be stored, it is brought before.
+        """
+        held = self._sessions.begin_turn(tenant, id)
+
+        def run(brought: Future[None] | None) -> None:
+            try:
                 session = held.result()
                 try:
+                    if brought is not None:
+                        brought.result()
                     if session.deleted:
                         raise errors.SessionNotFound(resource_name(session.id))
-                    outcome = work(session)
-                finally:
+                    tell = work(session)
+                except BaseException:
                     self._sessions.end_turn(session)
-                info = outcome.info()
-                self._loop.when_stored(outcome, lambda _: done.set_result(info))
+                    raise
+                if tell is None:
+                    threading.Timer(_LOOK, self._loop.post, [lambda: run(brought)]).start()
+                    return
+                self._sessions.end_turn(session)
+                tell()
             except BaseException as error:
                 done.set_exception(error)
 
-        held.add_done_callback(lambda _: self._loop.post(run))
-        return done
+        def begin(_: object) -> None:
+            if not cache or held.exception() is not None:
+                self._loop.post(lambda: run(None))
+            else:
+                brought = self._restorer.bring(held.result())
+                brought.add_done_callback(lambda _: self._loop.post(lambda: run(brought)))
 
-    def _fork(self, session: Session, new: str | None) -> Session:
-        twin = self._sessions.fork(session, new)
+        held.add_done_callback(begin)
+
+    def _fork(self, session: Session, new: str | None, until: float) -> Session | None:
+        """Fork a session; None if there is no room, but may be soon."""
+        lease = None
+        if session.cache is not None:
+            lease = self._residency.lease_beside(session)
+            if lease is None and self._residency.may_have_room(session) and time.monotonic() < until:
+                return None
+            if lease is None:
+                raise self._residency.exhausted(session.layout)
         try:
-            if not self._residency.copy(session, twin):
-                raise self._residency.exhausted(twin.layout)
+            twin = self._sessions.fork(session, new)
         except BaseException:
-            with contextlib.suppress(errors.SessionNotFound):
-                self._sessions.remove(twin.tenant, twin.id)
+            if lease is not None:
+                lease.release()
             raise
+        try:
+            if lease is not None:
+                self._residency.copy(session, twin, lease)
+                self._sessions.changed(twin)  # it has a cache now
         finally:
             self._sessions.end_turn(twin)
         return twin
 
     def _update(self, session: Session, change: SessionChange) -> Session:
         policy, layout = self._sessions.fitting(session, change.policy)
-        self._sessions.update(session.tenant, session.id, change)
         if policy != session.policy:
             self._residency.free(session)
+            if self._archive is not None:
+                self._archive.forget(session)
             session.policy, session.layout = policy, layout
             session.rebuild = RebuildReason.POLICY_CHANGED if session.turns else None
+        self._sessions.update(session.tenant, session.id, change)  # after: what is stored has the policy
         return session
 
     def _rewind(self, session: Session, turns: int) -> Session:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import queue
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -55,9 +56,9 @@ class Loop:
         reattach_grace: float,
         journal: Journal | None = None,
     ) -> None:
+        self.runner = runner
         self.residency = residency
         self.step_began: float | None = None
-        self._runner = runner
         self._scheduler = scheduler
         self._sessions = sessions
         self._observer = observer
@@ -65,12 +66,28 @@ class Loop:
         self._journal = journal
         self._delivery = Delivery()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._posting = threading.Lock()
+        self._alone = threading.RLock()
+        self._ended = False
         self._after_flush: list[Callable[[], None]] = []
         self._idle = True  # the step before had nothing to run
 
     def post(self, command: Callable[[], None]) -> None:
-        """Have something done on the engine thread, before the next step."""
-        self._commands.put(command)
+        """Have something done on the engine thread, before the next step; when that has ended, at once."""
+        with self._posting:
+            if not self._ended:
+                self._commands.put(command)
+                return
+        with self._alone:
+            command()
+
+    def end(self) -> None:
+        """The engine thread ends: do what it was asked for still. Whoever asks later does it himself."""
+        with self._posting:
+            self._ended = True
+        with self._alone, contextlib.suppress(queue.Empty):
+            while True:
+                self._commands.get_nowait()()
 
     def add(self, turn: Turn) -> None:
         """Queue a turn, and end the one that has to leave for it if the queue is full."""
@@ -172,7 +189,7 @@ class Loop:
         """If every turn waits for memory, nobody will give any back: end one of them."""
         running = self._scheduler.running
         turn = running[-1] if running else plan.blocked
-        if turn is None or not all(other.starved for other in running):
+        if turn is None or self.residency.waits or not all(other.starved for other in running):
             return
         self._fail(turn, self.residency.exhausted(turn.session.layout))
 
@@ -209,7 +226,7 @@ class Loop:
             )
             for chunk in plan.chunks
         ]
-        logits = self._runner.run(pieces)
+        logits = self.runner.run(pieces)
         turns = [chunk.turn for chunk in plan.chunks if chunk.samples]
         if not turns:
             return {}
@@ -257,8 +274,8 @@ class Loop:
 
     def _commit(self, turn: Turn, last: Delta) -> None:
         turn.transaction.commit()
+        self._scheduler.remove(turn)  # before: the same request finds the turn, or what came of it
         self._sessions.end_turn(turn.session, turn.tokens[turn.carried :], turn.record())
-        self._scheduler.remove(turn)
         now = time.monotonic()
         last.finish_reason, last.usage = turn.finish_reason, turn.usage(now)
         self._send_last(turn, last)

@@ -10,12 +10,24 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from apiary_server.limits import sized
 from apiary_server.model.types import Message, Messages, Record, Sampling, Text, TokenId, TokenIds
 
-__all__ = ["Message", "Messages", "Sampling", "Stopping", "Tenant", "Text", "TokenIds", "TurnRequest"]
+__all__ = [
+    "CacheMapRequest",
+    "Message",
+    "Messages",
+    "Sampling",
+    "Stopping",
+    "Tenant",
+    "Text",
+    "TokenIds",
+    "TurnRequest",
+]
 
+MOST_LAYERS = 1024  # that a request may name
 TENANT = r"^[A-Za-z0-9._-]{1,63}$"
 
 Tenant = Annotated[str, Field(pattern=TENANT)]
@@ -26,8 +38,8 @@ class Stopping(Record):
     """When the answer ends."""
 
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
-    stop: tuple[StopString, ...] = Field((), max_length=16)
-    stop_token_ids: tuple[TokenId, ...] = Field((), max_length=64)
+    stop: Annotated[tuple[StopString, ...], sized(0, 16)] = ()
+    stop_token_ids: Annotated[tuple[TokenId, ...], sized(0, 64)] = ()
     ignore_eos: bool = False
 
 
@@ -61,3 +73,21 @@ class TurnRequest(Record):
         """Tells requests for different answers apart."""
         asked = self.model_dump_json(include={"input", "sampling", "stopping", "logprobs"})
         return hashlib.sha256(asked.encode()).hexdigest()
+
+
+class CacheMapRequest(Record):
+    """What to tell of a cache: `full` is every entry, of these `layers` (none: all). The transcript is cut
+    into at most `column_count` pieces, in which entries are counted. A summary has at most `token_limit`
+    tokens."""
+
+    full: bool = False
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field((), max_length=MOST_LAYERS)
+    column_count: int = Field(64, ge=1, le=512)
+    token_limit: int = Field(50, ge=1, le=1000)
+
+    @field_validator("layers")
+    @classmethod
+    def _once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a layer twice")
+        return value

@@ -98,6 +98,10 @@ class Capacity:
     queued_turns: int
     queue_limit: int
     store_degraded: bool = False
+    stored_sessions: int = 0
+    stored_bytes: int = 0
+    stored_budget_bytes: int = 0
+    unread_sessions: int = 0
 
 
 @dataclass(frozen=True, slots=True)

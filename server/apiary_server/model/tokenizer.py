@@ -66,6 +66,19 @@ class Tokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def pieces(self, tokens: Sequence[int], places: Sequence[int]) -> list[str]:
+        """The text of each of the tokens at some places of a transcript, special tokens' too. What is no
+        whole character by itself is U+FFFD."""
+        alone = [[tokens[place]] for place in places]
+        before = [list(tokens[max(place - 1, 0) : place]) for place in places]
+        both = [[*one, *other] for one, other in zip(before, alone, strict=True)]
+        texts = (self.backend.decode_batch(each, skip_special_tokens=False) for each in (alone, before, both))
+        # some decoders take the space before a first word away, so it is seen behind its neighbour
+        return [
+            whole[len(left) :] if len(whole) > len(left) and whole.startswith(left) else piece
+            for piece, left, whole in zip(*texts, strict=True)
+        ]
+
     def check(self, ids: Sequence[int], field: str, *, first: int = 0) -> None:
         """Refuse ids that are not in the vocabulary; `first` is the index of the first in the field.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
+
+from apiary_server.limits import sized
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -26,7 +28,7 @@ class Message(Record):
 class Messages(Record):
     """Chat messages, rendered with the model's template."""
 
-    messages: tuple[Message, ...] = Field(min_length=1, max_length=1024)
+    messages: Annotated[tuple[Message, ...], sized(1, 1024)]
 
 
 class Text(Record):
@@ -36,9 +38,9 @@ class Text(Record):
 
 
 class TokenIds(Record):
-    """Token ids, taken as they are."""
+    """Token ids, taken as they are; of bad ones the first is named."""
 
-    ids: tuple[TokenId, ...] = Field(min_length=1)
+    ids: Annotated[tuple[TokenId, ...], FailFast(), sized(1, 2**31)]
 
 
 class Sampling(Record):
@@ -51,7 +53,7 @@ class Sampling(Record):
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], sized(0, 1024)] = {}
     seed: int | None = Field(None, ge=0, lt=2**64)
 
     @property

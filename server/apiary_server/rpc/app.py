@@ -46,7 +46,7 @@ class App:
         self._server = aio.server(interceptors=[CallInterceptor()], options=_options(settings))
         self._health = health.aio.HealthServicer()
         add_GenerationServiceServicer_to_server(GenerationService(engine, settings), self._server)
-        add_SessionServiceServicer_to_server(SessionService(engine), self._server)
+        add_SessionServiceServicer_to_server(SessionService(engine, settings), self._server)
         add_ModelServiceServicer_to_server(ModelService(engine), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(

@@ -36,6 +36,7 @@ TABLE: dict[type[errors.ApiaryError], tuple[grpc.StatusCode, ErrorReason.ValueTy
     errors.DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, ErrorReason.ERROR_REASON_DEADLINE_EXCEEDED),
     errors.Cancelled: (grpc.StatusCode.CANCELLED, ErrorReason.ERROR_REASON_CANCELLED),
     errors.ReaderStalled: (grpc.StatusCode.ABORTED, ErrorReason.ERROR_REASON_READER_STALLED),
+    errors.SnapshotRefused: (grpc.StatusCode.INVALID_ARGUMENT, ErrorReason.ERROR_REASON_SNAPSHOT_REFUSED),
     errors.Internal: (grpc.StatusCode.INTERNAL, ErrorReason.ERROR_REASON_INTERNAL),
 }
 

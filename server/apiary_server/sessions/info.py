@@ -25,6 +25,7 @@ class RebuildReason(enum.Enum):
     POLICY_CHANGED = "policy changed"
     REWOUND = "rewound"
     RESTARTED = "restarted"
+    SNAPSHOT_EVICTED = "snapshot evicted"
 
 
 @dataclass(frozen=True, slots=True)

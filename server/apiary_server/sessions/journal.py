@@ -14,7 +14,7 @@ import structlog
 
 from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.session import Session
-from apiary_server.sessions.store import Store, StoreError
+from apiary_server.sessions.store import Store, StoreError, StoreForgot
 
 _log = structlog.get_logger(__name__)
 _RETRY = 1.0  # seconds until a store that failed is tried again
@@ -37,7 +37,8 @@ class _Waiter:
 
 
 class Journal:
-    """Stores what changes. Thread-safe.
+    """Stores what changes. Thread-safe. The store is tried at once, so that one that fails is known from the
+    start.
 
     Args:
         sessions: the table of sessions, which says what changed.
@@ -46,22 +47,27 @@ class Journal:
 
     Attributes:
         degraded: whether the last write failed, or hangs: what changed since would be lost with the process.
+        unread: how many of the store's sessions could not be read.
     """
 
     def __init__(self, sessions: SessionManager, store: Store, patience: float) -> None:
         self.degraded = False
+        self.unread = store.unread
         self._sessions = sessions
         self._store = store
         self._patience = patience
         self._changed = threading.Condition()
         self._dirty: dict[int, Session] = {}
         self._now: dict[int, Session] = {}  # those that are being written
-        self._waiters: list[_Waiter] = []  # of dirty sessions
+        tried = threading.Event()
+        self._waiters = [_Waiter(lambda _: tried.set())]  # of dirty sessions, and for the first write
         self._writing: list[_Waiter] = []  # of those that are being written
         self._closing: float | None = None  # when to give up
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-        sessions.on_change = self.note
+        sessions.watchers.append(self.note)
         self._thread.start()
+        if not tried.wait(patience):
+            self.give_up(0.0)
 
     def note(self, session: Session) -> None:
         """A session changed."""
@@ -90,7 +96,7 @@ class Journal:
                 return
             self._writing = [waiter for waiter in self._writing if waiter not in overdue]
             self._waiters = [waiter for waiter in self._waiters if waiter not in overdue]
-        self._degrade("the store hangs")
+            self._degrade("the store hangs")
         for waiter in overdue:
             waiter.tell(stored=False)
 
@@ -108,17 +114,18 @@ class Journal:
             _log.critical("what changed last in some sessions was not stored, and is lost", sessions=lost)
 
     def _run(self) -> None:
-        failed = False
+        tried = False
         while True:
             with self._changed:
-                if failed:
+                if self.degraded:
                     self._changed.wait(_RETRY)
-                self._changed.wait_for(lambda: self._dirty or self._closing is not None)
-                if not self._dirty:
+                while tried and not (self._dirty or self.degraded or self._closing is not None):
+                    self._changed.wait()
+                if not self._dirty and self._closing is not None:
                     return
                 self._now, self._dirty = self._dirty, {}
                 self._writing, self._waiters = self._waiters, []
-            failed = not self._write(list(self._now.values()))
+            tried, failed = True, not self._write(list(self._now.values()))
             with self._changed:
                 told, self._writing = self._writing, []
                 if failed:
@@ -135,6 +142,8 @@ class Journal:
             self._store.write(changes)
         except Exception as error:
             self._sessions.put_back(sessions, changes)
+            if isinstance(error, StoreForgot):
+                self._sessions.store_anew()
             if not isinstance(error, StoreError):
                 _log.exception("a fault of ours in a store")
             self._degrade(str(error))

@@ -42,7 +42,7 @@ class SessionManager:
         limit: the most sessions at once.
 
     Attributes:
-        on_change: called with each session that changed in what outlives the process.
+        watchers: called with each session that changed in what outlives the process.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SessionManager:
         self._lock = threading.Lock()
         self._sessions: dict[tuple[str, str], Session] = {}
         self._next_expiry = float("inf")  # nothing expires before
-        self.on_change: Callable[[Session], None] = lambda session: None  # called when one is to be stored
+        self.watchers: list[Callable[[Session], None]] = []
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -67,7 +67,7 @@ class SessionManager:
         expire_time: float | None,
         ttl: float | None,
         labels: Mapping[str, str],
-    ) -> SessionInfo:
+    ) -> Session:
         """Add an empty session. It leases no memory before its first turn.
 
         Raises:
@@ -94,8 +94,13 @@ class SessionManager:
         )
         with self._lock:
             self._add(session)
-        self.on_change(session)
-        return session.info()
+        self.changed(session)
+        return session
+
+    def changed(self, session: Session) -> None:
+        """Tell those who watch that a session changed."""
+        for watcher in self.watchers:
+            watcher(session)
 
     def restore(self, stored: StoredSession) -> None:
         """Add a session that outlived the worker before. It has a policy of its own, if this worker can serve
@@ -111,6 +116,36 @@ class SessionManager:
             self._sessions[session.tenant, session.id] = session
             self._next_expiry = min(self._next_expiry, session.expire_time)
 
+    def build(self, stored: StoredSession) -> Session:
+        """A session that comes from elsewhere, and is in no table yet. Its turn is the caller's.
+
+        Raises:
+            InvalidField: this worker cannot serve its policy.
+        """
+        policy, layout = self._layout(stored.settings.policy)
+        session = session_of(stored, policy, layout, RebuildReason.RESTARTED)
+        session.stored, session.busy = 0, True
+        return session
+
+    def adopt(self, session: Session) -> None:
+        """Add a session that was built; its turn is the caller's still, who has to see to its cache.
+
+        Raises:
+            SessionExists: the tenant has a session of that id.
+            BudgetExhausted: the table is full.
+        """
+        with self._lock:
+            self._add(session)
+        self.changed(session)
+
+    def slot_bytes(self, policy: str) -> int:
+        """How many bytes a session of a policy has in memory.
+
+        Raises:
+            InvalidField: this worker cannot serve it.
+        """
+        return self._layout(policy)[1].bytes
+
     def take_changes(self, sessions: Sequence[Session]) -> list[Change]:
         """What the store lacks of sessions; it counts as stored now. Those that are gone come first, since
         others may have their names."""
@@ -125,6 +160,15 @@ class SessionManager:
             for session in sessions:
                 if not session.deleted:
                     session.stored = min(session.stored, kept[session.tenant, session.id])
+
+    def store_anew(self) -> None:
+        """The store has nothing of any session any more."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+            for session in sessions:
+                session.stored = 0
+        for session in sessions:
+            self.changed(session)
 
     def fork(self, session: Session, id: str | None) -> Session:
         """Add a session with the transcript and the settings of another, whose turn the caller has.
@@ -154,7 +198,7 @@ class SessionManager:
         )
         with self._lock:
             self._add(twin)
-        self.on_change(twin)
+        self.changed(twin)
         return twin
 
     def get(self, tenant: str, id: str) -> SessionInfo:
@@ -165,6 +209,20 @@ class SessionManager:
         """
         with self._lock:
             return self._find(tenant, id).info()
+
+    def idle(self, tenant: str, id: str) -> Session:
+        """A session that has no turn in flight. It may be given one as soon as this returns, but that begins
+        on the engine thread.
+
+        Raises:
+            SessionNotFound: unknown, expired or another tenant's.
+            SessionBusy: a turn is in flight.
+        """
+        with self._lock:
+            session = self._find(tenant, id)
+            if session.busy:
+                raise _busy(id)
+            return session
 
     def list(self, tenant: str, page_size: int, after: str) -> tuple[Sequence[SessionInfo], str]:
         """The tenant's sessions with ids after `after`, in order; and the last id if more follow, else ""."""
@@ -213,12 +271,26 @@ class SessionManager:
             if session.busy:
                 ahead = [session.abandoned, *(waiter.abandoned for waiter in session.line)]
                 if not wait and not all(abandoned() for abandoned in ahead):
-                    raise SessionBusy(f"{resource_name(id)} has a turn in flight; wait for it or cancel it")
+                    raise _busy(id)
                 session.line.append(Waiter(held, abandoned))
                 return held
             session.busy, session.abandoned = True, abandoned
         held.set_result(session)
         return held
+
+    def begin_unheard(self, session: Session) -> bool:
+        """Have a session's turn, without a reader: others wait for its end. False if one is in flight, or
+        there is nothing to do: it has its cache, or no turns."""
+        with self._lock:
+            if session.busy or session.deleted or session.cache is not None or not session.turns:
+                return False
+            session.busy, session.abandoned = True, lambda: True
+            return True
+
+    def latest(self) -> Sequence[Session]:
+        """All sessions, those used last first."""
+        with self._lock:
+            return sorted(self._sessions.values(), key=lambda session: session.update_time, reverse=True)
 
     def answer(self, tenant: str, id: str, request_id: str) -> Answer | None:
         """The answer of the committed turn that a request id names.
@@ -252,7 +324,7 @@ class SessionManager:
             heir = None if over else _first(session)
             session.busy = heir is not None
         if record is not None:
-            self.on_change(session)
+            self.changed(session)
         if heir is not None:
             heir.set_result(session)
         elif over:
@@ -265,7 +337,7 @@ class SessionManager:
         for session in sessions:
             _dismiss(session, error)
 
-    def update(self, tenant: str, id: str, change: SessionChange) -> tuple[Session, SessionInfo]:
+    def update(self, tenant: str, id: str, change: SessionChange) -> Session:
         """Change a session's labels and when it ends.
 
         Raises:
@@ -281,9 +353,8 @@ class SessionManager:
             elif change.ttl is not None:
                 session.ttl, session.expire_time = change.ttl, now + change.ttl
             self._next_expiry = min(self._next_expiry, session.expire_time)
-            info = session.info()
-        self.on_change(session)
-        return session, info
+        self.changed(session)
+        return session
 
     def rewind(self, session: Session, turns: int) -> None:
         """Take the turns of a session back but for its first ones; the caller has its turn, and sees to the
@@ -292,8 +363,19 @@ class SessionManager:
             gone = sum(turn.tokens for turn in session.turns[turns:])
             del session.turns[turns:], session.transcript[len(session.transcript) - gone :]
             session.stored = min(session.stored, turns)
+            session.epoch += 1
             session.touch()
-        self.on_change(session)
+        self.changed(session)
+
+    def let_go(self, session: Session) -> bool:
+        """Leave an idle session without its cache, of which there is a snapshot; False if a turn has begun.
+        The memory is the caller's to free."""
+        with self._lock:
+            if session.busy or session.deleted:
+                return False
+            session.cache = None
+            session.rebuild = session.rebuild or RebuildReason.SNAPSHOT_EVICTED  # unless that can be read
+            return True
 
     def fitting(self, session: Session, policy: str | None) -> tuple[Policy, SlotLayout]:
         """A policy (None: the default) that a session may change to, and its slots.
@@ -324,7 +406,7 @@ class SessionManager:
             session = self._find(tenant, id)
             session.deleted = True
             del self._sessions[tenant, id]
-        self.on_change(session)
+        self.changed(session)
         _dismiss(session, SessionNotFound(resource_name(id)))
         return session
 
@@ -343,7 +425,7 @@ class SessionManager:
             idle = (session for session in self._sessions.values() if not session.busy)
             self._next_expiry = min((session.expire_time for session in idle), default=float("inf"))
         for session in removed:
-            self.on_change(session)
+            self.changed(session)
         return removed
 
     def _add(self, session: Session) -> None:
@@ -362,6 +444,10 @@ class SessionManager:
         if session is None or (session.expired(time.time()) and not session.busy):
             raise SessionNotFound(resource_name(id))
         return session
+
+
+def _busy(id: str) -> SessionBusy:
+    return SessionBusy(f"{resource_name(id)} has a turn in flight; wait for it or cancel it")
 
 
 def _first(session: Session) -> Future[Session] | None:

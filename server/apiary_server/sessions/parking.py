@@ -15,6 +15,9 @@ class Parking(Protocol):
     def park(self, slot: Tensor) -> Tensor:
         """Copy a slot's bytes, uint8 `[bytes]`, to host memory."""
 
+    def read(self, parked: Tensor) -> Tensor:
+        """What `park` returned, when all of it is there to be read."""
+
     def unpark(self, parked: Tensor, slot: Tensor) -> None:
         """Copy what `park` returned to a slot, which may be used then."""
 
@@ -41,6 +44,9 @@ class PlainParking:
             buffer = torch.empty(slot.shape, dtype=torch.uint8)
         return buffer.copy_(slot)
 
+    def read(self, parked: Tensor) -> Tensor:
+        return parked
+
     def unpark(self, parked: Tensor, slot: Tensor) -> None:
         slot.copy_(parked)
 
@@ -59,6 +65,9 @@ class Copy(Protocol):
 
     def wait(self) -> None:
         """Let the device's further work begin after it; the host does not wait."""
+
+    def join(self) -> None:
+        """Have the host wait for it."""
 
 
 class Copies(Protocol):
@@ -89,11 +98,17 @@ class PinnedParking:
         self._copies = copies
         self._pinned = 0  # bytes of all buffers
         self._free: list[Tensor] = []
-        self._leaving: list[tuple[Tensor, Copy]] = []  # slots that are being parked
+        self._leaving: list[tuple[Tensor, Tensor, Copy]] = []  # slots that are being parked, and where
 
     def park(self, slot: Tensor) -> Tensor:
         parked = self._buffer(slot.numel())
-        self._leaving.append((slot, self._copies.start(parked, slot)))
+        self._leaving.append((slot, parked, self._copies.start(parked, slot)))
+        return parked
+
+    def read(self, parked: Tensor) -> Tensor:
+        for _, buffer, copy in self._leaving:
+            if buffer is parked:
+                copy.join()
         return parked
 
     def unpark(self, parked: Tensor, slot: Tensor) -> None:
@@ -103,8 +118,8 @@ class PinnedParking:
         self._free.append(parked)  # may still be copied to or from; whatever uses it next is copied later
 
     def settle(self, slot: Tensor) -> None:
-        self._leaving = [(other, copy) for other, copy in self._leaving if not copy.done()]
-        for other, copy in self._leaving:
+        self._leaving = [each for each in self._leaving if not each[-1].done()]
+        for other, _, copy in self._leaving:
             if _overlap(other, slot):
                 copy.wait()
 
@@ -157,6 +172,9 @@ class _CudaCopy:
 
     def wait(self) -> None:
         torch.cuda.current_stream(self.device).wait_event(self.end)
+
+    def join(self) -> None:
+        self.end.synchronize()
 
 
 def parking_of(device: torch.device, budget: int) -> Parking:

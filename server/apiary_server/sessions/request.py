@@ -7,13 +7,15 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from apiary_server.limits import sized
+
 LONGEST_LIFE = 10 * 365 * 86_400.0  # seconds
 SESSION_ID = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
 SessionId = Annotated[str, Field(pattern=SESSION_ID)]
 LabelKey = Annotated[str, Field(min_length=1, max_length=63)]
 LabelValue = Annotated[str, Field(max_length=256)]
-Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=64)]
+Labels = Annotated[dict[LabelKey, LabelValue], sized(0, 64)]
 
 
 class SessionChange(BaseModel):

@@ -1,19 +1,44 @@
-"""Which sessions' caches are in the pool: leases slots, and parks the least recently used to free some."""
+"""Which sessions' caches are in memory: leases slots, and moves the least recently used down to free some."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from typing import Protocol
 
 from torch import Tensor
 
 from apiary_server.errors import BudgetExhausted
 from apiary_server.sessions.parking import Parking
-from apiary_server.sessions.pool import Lease, Pool, SlotLayout
+from apiary_server.sessions.pool import Lease, Pool, SlotClass, SlotLayout
+from apiary_server.sessions.restored import Restored
 from apiary_server.sessions.session import Session
+from apiary_server.sessions.snapshot import Image, history
+from buzz import Buffers
+
+
+class Lower(Protocol):
+    """Where caches are when they are in memory no more."""
+
+    def release(self, session: Session) -> bool:
+        """Whether an idle session's cache is there as it is; then no turn finds it in memory any more."""
+
+    def hurry(self, session: Session) -> bool:
+        """Have it there soon; False if that cannot be now."""
+
+
+class Nowhere:
+    """There is no such place."""
+
+    def release(self, session: Session) -> bool:
+        return False
+
+    def hurry(self, session: Session) -> bool:
+        return False
 
 
 class Residency:
-    """Slots for turns, from the pool's free ones or from idle sessions that move to host memory.
+    """Slots for turns, from the pool's free ones or from idle sessions that move down: to host memory, and
+    where that is full, the least recently used from there to the store.
 
     A turn leases one slot when it starts (`admit`) and, if it will overwrite a committed cache, a second one
     (`claim`), so that the first stays behind as the state to roll back to. Admission always leaves
@@ -21,17 +46,31 @@ class Residency:
     finish and give its slot back: turns wait for memory, but never for each other.
 
     Not thread-safe: the engine thread owns it.
+
+    Attributes:
+        waits: whether there was no room just now, but a cache is being stored, and there will be.
+        moves: how many caches went where: `parked`, `unparked`, `stored`, `loaded`.
     """
 
-    def __init__(self, pool: Pool, reserve: int, parked_budget: int, parking: Parking) -> None:
+    def __init__(
+        self, pool: Pool, reserve: int, parked_budget: int, parking: Parking, lower: Lower | None = None
+    ) -> None:
         self.pool = pool
         self.reserve = reserve
         self.parked_budget = parked_budget
-        self._parking = parking
         self.parked_bytes = 0
-        self.parked_sessions = 0
+        self.waits = False
+        self.moves: Counter[str] = Counter()
+        self._parking = parking
+        self._lower = lower or Nowhere()
         self._idle: OrderedDict[int, Session] = OrderedDict()  # least recently used first
+        self._parked: OrderedDict[int, Session] = OrderedDict()  # likewise
         self._running: dict[SlotLayout, int] = {}
+
+    @property
+    def parked_sessions(self) -> int:
+        """Sessions whose cache is in host memory."""
+        return len(self._parked)
 
     @property
     def resident_sessions(self) -> int:
@@ -51,6 +90,7 @@ class Residency:
                 self._parking.unpark(session.parked, lease.memory)
                 session.cache.buffers = lease.buffers(session.policy.states)
                 self._forget(session, session.parked)
+                self.moves["unparked"] += 1
         self._running[session.layout] = self._running.get(session.layout, 0) + 1
         return True
 
@@ -58,24 +98,85 @@ class Residency:
         """A second slot for a running turn, or None if it has to wait."""
         return self._lease(layout, leaving=set())
 
-    def copy(self, session: Session, into: Session) -> bool:
-        """Give a session a copy of another's cache, which is idle and stays where it is; False if there is no
+    def lease_beside(self, session: Session) -> Lease | None:
+        """A slot for a copy of a session's cache, which is idle and stays where it is; None if there is no
         room now."""
-        if session.cache is None:
-            return True
         idle = self._idle.pop(id(session), None)  # so that it is not what moves out
         lease = self._lease(session.layout, leaving={*self._running, session.layout})
         if idle is not None:
             self._idle[id(session)] = session
-        if lease is None:
-            return False
+        return lease
+
+    def may_have_room(self, but: Session) -> bool:
+        """Whether there may be room soon where there was none just now: a cache is being stored, or a turn is
+        in flight beside that of a session."""
+        others = (*self._parked.values(), *self._idle.values())
+        return self.waits or bool(self._running) or any(each.busy and each is not but for each in others)
+
+    def copy(self, session: Session, into: Session, lease: Lease) -> None:
+        """Give a session a copy of another's cache, in a slot from `lease_beside`."""
+        if session.cache is None:
+            raise RuntimeError("the session has no cache in memory")
         if session.lease is not None:
             lease.memory.copy_(session.lease.memory)
         elif session.parked is not None:
             self._parking.unpark(session.parked, lease.memory)
         into.lease, into.cache = lease, session.cache.twin(lease.buffers(session.policy.states))
         self._idle[id(into)] = into
+
+    def image(self, session: Session, memory: Tensor) -> Image | None:
+        """Copy what a session has committed.
+
+        Args:
+            session: whose.
+            memory: host memory, uint8, at least as large as its slot.
+
+        Returns:
+            None if its cache is not in memory, or a turn runs on it.
+        """
+        slot = memory[: session.layout.bytes]
+        if session.cache is None:
+            return None
+        if id(session) in self._idle and session.lease is not None:
+            slot.copy_(session.lease.memory)
+        elif session.parked is not None:
+            slot.copy_(self._parking.read(session.parked))
+        else:
+            return None
+        turns = session.cached_turns
+        return Image(
+            policy=str(session.policy),
+            turns=turns,
+            epoch=session.epoch,
+            history=history(session, turns),
+            state=session.cache.state(),
+            layout=session.layout,
+            slot=slot,
+        )
+
+    def has_room(self, layout: SlotLayout) -> bool:
+        """Whether there is a free slot, beside the reserve."""
+        return self.pool.free_places(layout, self.reserve + 1) > self.reserve
+
+    def receive(self, session: Session, found: Restored) -> bool:
+        """Take in the cache of a session, which has none in memory; False if there is no room now."""
+        lease = self._lease(session.layout, leaving={*self._running, session.layout})
+        if lease is None:
+            return False
+        session.lease, session.cache = lease, found.place(session, lease)
+        self._idle[id(session)] = session
+        self.moves["loaded"] += 1
         return True
+
+    def look(self, session: Session) -> Buffers | None:
+        """Where the entries of an idle session lie, in its slot or in host memory, to be read at once. None
+        if it has no cache."""
+        if session.cache is None:
+            return None
+        if session.parked is None:
+            return session.cache.buffers
+        memory = self._parking.read(session.parked)
+        return SlotClass(session.layout, memory).buffers(0, session.policy.states)
 
     def exhausted(self, layout: SlotLayout) -> BudgetExhausted:
         """What to say where there is no room for a slot, and none can be made."""
@@ -120,7 +221,8 @@ class Residency:
                 raise RuntimeError(f"sessions hold {held:,} bytes, {self.pool.leased_bytes:,} are leased")
 
     def _lease(self, layout: SlotLayout, leaving: set[SlotLayout]) -> Lease | None:
-        """A slot that leaves the reserve free for the layouts of `leaving`; parks sessions to get it."""
+        """A slot that leaves the reserve free for the layouts of `leaving`; moves sessions down to get it."""
+        self.waits = False
         while True:
             lease = self.pool.lease(layout)
             if lease is not None:
@@ -128,7 +230,7 @@ class Residency:
                     self._parking.settle(lease.memory)
                     return lease
                 lease.release()
-            if not self._park_oldest():
+            if not self._park_oldest() and not self._store_oldest():
                 return None
 
     def _park_oldest(self) -> bool:
@@ -139,15 +241,27 @@ class Residency:
             return False
         lease = session.lease
         session.parked = self._parking.park(lease.memory)
+        self._parked[id(session)] = session
         self.parked_bytes += lease.bytes
-        self.parked_sessions += 1
+        self.moves["parked"] += 1
         del self._idle[id(session)]
         lease.release()
         session.lease = None
         return True
 
+    def _store_oldest(self) -> bool:
+        """Leave the least recently used idle session to the store; False if it has none as it is yet."""
+        unused = [session for session in (*self._parked.values(), *self._idle.values()) if not session.busy]
+        for session in unused:
+            if self._lower.release(session):
+                self.free(session)
+                self.moves["stored"] += 1
+                return True
+        self.waits = any(self._lower.hurry(session) for session in unused)
+        return False
+
     def _forget(self, session: Session, parked: Tensor) -> None:
         self._parking.forget(parked)
         session.parked = None
+        del self._parked[id(session)]
         self.parked_bytes -= session.layout.bytes
-        self.parked_sessions -= 1

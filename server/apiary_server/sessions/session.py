@@ -84,6 +84,7 @@ class Session:
     deleted: bool = False
     stored: int = 0  # how many of the first turns are in the store as they are here
     rebuild: RebuildReason | None = None  # why there is no cache, but a transcript
+    epoch: int = 0  # how often what was kept of its cache became worthless
 
     cache: Cache | None = None
     lease: Lease | None = None
@@ -106,6 +107,20 @@ class Session:
             start += turn.tokens
         return ends
 
+    def missing(self, seen: int) -> list[tuple[int, bool]]:
+        """Of `segments` those that a cache lacks which has seen so many tokens, counted from there."""
+        if self.turns and self.turns[-1].seen == seen:
+            return []
+        return [(end - seen, prompt) for end, prompt in self.segments if end > seen]
+
+    @property
+    def cached_turns(self) -> int:
+        """How many of its first turns the committed cache has; 0 if it has none."""
+        cache, count = self.cache, len(self.turns)
+        while cache is not None and count and self.turns[count - 1].seen != cache.seen:
+            count -= 1
+        return 0 if cache is None else count
+
     def touch(self) -> None:
         """It was used now: a lifetime that counts from the last turn begins anew."""
         self.update_time = time.time()
@@ -116,15 +131,16 @@ class Session:
         """Whether its time is over; a turn in flight may still finish."""
         return now >= self.expire_time
 
+    @property
+    def tier(self) -> State:
+        """Where its cache lies, whether a turn is in flight or not."""
+        if self.cache is None:
+            return State.STORED if self.turns else State.EMPTY
+        return State.RESIDENT if self.lease is not None else State.PARKED
+
     def info(self) -> SessionInfo:
         """What can be said about it from outside."""
         cache = self.cache
-        if self.busy:
-            state = State.BUSY
-        elif cache is None:
-            state = State.STORED if self.turns else State.EMPTY
-        else:
-            state = State.RESIDENT if self.lease is not None else State.PARKED
         return SessionInfo(
             id=self.id,
             policy=str(self.policy),
@@ -132,7 +148,7 @@ class Session:
             update_time=self.update_time,
             expire_time=self.expire_time,
             labels=dict(self.labels),
-            state=state,
+            state=State.BUSY if self.busy else self.tier,
             turn_count=len(self.turns),
             token_count=len(self.transcript),
             entries=cache.n if cache is not None else 0,

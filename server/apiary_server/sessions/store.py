@@ -14,6 +14,10 @@ class StoreError(OSError):
     """A store cannot be read or written to now; the message says why."""
 
 
+class StoreForgot(StoreError):
+    """A store has lost of what was written to it: it takes what is whole, all turns of each session."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredSettings:
     """What is kept of a session beside its turns. Times are wall-clock, in seconds since 1970."""
@@ -57,20 +61,64 @@ class Change:
 
 
 class Store(Protocol):
-    """Keeps sessions. Used by one thread at a time."""
+    """Keeps sessions. Used by one thread at a time.
+
+    Attributes:
+        unread: how many sessions `load` could not read, at the least: a bad page may have had more than one.
+    """
+
+    unread: int
 
     def load(self) -> Iterator[StoredSession]:
-        """All sessions.
+        """All sessions that can be read. The others are logged, and kept where no later write touches them.
 
         Raises:
-            StoreError: they cannot be read.
+            StoreError: none can be read.
         """
 
     def write(self, changes: Sequence[Change]) -> None:
         """Make changes, in order: all or none of them. When this returns, they outlive the machine's power.
+        Without any, something is written all the same, so that one sees whether that can be done.
 
         Raises:
-            StoreError: nothing was changed.
+            StoreForgot: nothing was changed, since what was to be kept is not there.
+            StoreError: nothing was changed; or, where the store is another machine, nobody knows.
+        """
+
+    def close(self) -> None:
+        """Let others use it."""
+
+
+class SnapshotStore(Protocol):
+    """Keeps bytes by name: hexadecimal digits, hyphens and dots. Thread-safe."""
+
+    def names(self) -> Mapping[str, int]:
+        """All that there are, and how many bytes each has. What a process left half-written is taken away.
+
+        Raises:
+            StoreError: they cannot be listed.
+        """
+
+    def write(self, name: str, parts: Sequence[bytes]) -> None:
+        """Keep the parts, one after the other, in place of what had that name. When this returns, they
+        outlive the machine's power; until then a reader finds what was there before.
+
+        Raises:
+            StoreError: what was there before is there still, or the new parts are, whole.
+        """
+
+    def read(self, name: str, most: int) -> bytes | None:
+        """What has a name, if anything has: no more than its first `most` bytes.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+
+    def delete(self, name: str) -> None:
+        """Keep it no longer, if it is there.
+
+        Raises:
+            StoreError: it cannot be deleted.
         """
 
     def close(self) -> None:

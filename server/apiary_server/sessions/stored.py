@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 
 from apiary_server.sessions.info import RebuildReason
@@ -16,22 +17,12 @@ def change_of(session: Session) -> Change:
     if session.deleted:
         return Change(session.tenant, session.id, None)
     kept, session.stored = session.stored, len(session.turns)
-    records = session.turns[kept:]
-    start = len(session.transcript) - sum(each.tokens for each in records)
-    turns = []
-    for record in records:
-        end = start + record.tokens
-        turns.append(StoredTurn(record, session.transcript[start:end]))
-        start = end
-    settings = StoredSettings(
-        policy=str(session.policy),
-        ttl=session.ttl,
-        expire_time=session.expire_time,
-        labels=session.labels,
-        create_time=session.create_time,
-        update_time=session.update_time,
-    )
-    return Change(session.tenant, session.id, settings, kept, turns)
+    return Change(session.tenant, session.id, _settings(session), kept, _turns(session, kept))
+
+
+def stored_of(session: Session) -> StoredSession:
+    """A session as a store would keep it."""
+    return StoredSession(session.tenant, session.id, _settings(session), _turns(session))
 
 
 def session_of(stored: StoredSession, policy: Policy, layout: SlotLayout, rebuild: RebuildReason) -> Session:
@@ -54,3 +45,45 @@ def session_of(stored: StoredSession, policy: Policy, layout: SlotLayout, rebuil
         stored=len(stored.turns),
         rebuild=rebuild if stored.turns else None,
     )
+
+
+def _settings(session: Session) -> StoredSettings:
+    return StoredSettings(
+        policy=str(session.policy),
+        ttl=session.ttl,
+        expire_time=session.expire_time,
+        labels=session.labels,
+        create_time=session.create_time,
+        update_time=session.update_time,
+    )
+
+
+def _turns(session: Session, first: int = 0) -> list[StoredTurn]:
+    records = session.turns[first:]
+    start, turns = len(session.transcript) - sum(each.tokens for each in records), []
+    for record in records:
+        end = start + record.tokens
+        turns.append(StoredTurn(record, session.transcript[start:end]))
+        start = end
+    return turns
+
+
+def pack(tokens: array[int]) -> bytes:
+    """Tokens as 32-bit integers, little-endian."""
+    return _little_endian(tokens).tobytes()
+
+
+def unpack(data: bytes) -> array[int]:
+    """Tokens that were packed.
+
+    Raises:
+        ValueError: the bytes are no multiple of four.
+    """
+    return _little_endian(array("I", data))
+
+
+def _little_endian(tokens: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        tokens = tokens[:]
+        tokens.byteswap()
+    return tokens

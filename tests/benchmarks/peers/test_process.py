@@ -63,6 +63,15 @@ async def test_what_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.Mo
     assert not alive(pid)
 
 
+async def test_it_can_be_killed(tmp_path: Path) -> None:
+    async with started("p", [sys.executable, "-c", STUBBORN], tmp_path / "log", {}) as running:
+        assert await running.read() == b"ready\n"
+        running.kill()
+        assert await running.read() == b""
+        running.kill()  # any often
+    assert not alive(running._process.pid)
+
+
 async def test_lines_go_both_ways_and_variables_are_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -72,9 +73,14 @@ def test_update(apiary: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"), [((), "--policy, --ttl or --label"), (("--label", "team"), "not KEY=VALUE")]
+    ("flags", "said"),
+    [
+        ((), "--policy, --ttl or --label"),
+        (("--label", "team"), "not KEY=VALUE"),
+        (("--label", "k=1", "--label", "l=1", "--label", "k=2"), "'k' is given twice"),
+    ],
 )
-def test_an_update_that_says_nothing(apiary: Run, flags: tuple[str, ...], said: str) -> None:
+def test_an_update_that_is_not_clear(apiary: Run, flags: tuple[str, ...], said: str) -> None:
     done = apiary("sessions", "update", "alpha", *flags)
     assert done.returncode == 2
     assert said in " ".join(done.stderr.split())
@@ -111,3 +117,33 @@ def test_delete(apiary: Run, worker: FakeWorker) -> None:
 def test_a_long_name_is_shown_whole(apiary: Run, client: Client) -> None:
     client.create_session("a" * 63)
     assert "a" * 63 in apiary("sessions", "list", COLUMNS="80").stdout.replace("\n", "")
+
+
+@pytest.mark.usefixtures("two")
+def test_export_and_import(apiary: Run, tmp_path: Path) -> None:
+    file = tmp_path / "alpha.apiary"
+    done = apiary("sessions", "export", "alpha", str(file))
+    assert (done.returncode, file.read_bytes()) == (0, b"one two three")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert "exported alpha" in done.stderr
+    again = apiary("sessions", "export", "alpha", str(file))
+    assert (again.returncode, "--force" in again.stderr) == (2, True)
+    assert apiary("sessions", "export", "alpha", str(file), "--force").returncode == 0
+    taken = apiary("sessions", "import", str(file), "--as", "there", "--json")
+    assert json.loads(taken.stdout)["name"] == "sessions/there"
+    file.write_bytes(b"four")
+    refused = apiary("sessions", "import", str(file))
+    assert refused.stderr == "error: it was SNAPSHOT_REFUSED (try again in 1.5 s)\n"
+
+
+@pytest.mark.usefixtures("two")
+def test_exports_that_fail_leave_nothing(apiary: Run, tmp_path: Path) -> None:
+    assert apiary("sessions", "export", "nobody", str(tmp_path / "x")).returncode == 1
+    assert list(tmp_path.iterdir()) == []
+    missing = apiary("sessions", "export", "alpha", str(tmp_path / "no" / "x"))
+    assert (missing.returncode, "cannot be written: No such file" in " ".join(missing.stderr.split())) == (
+        1,
+        True,
+    )
+    absent = apiary("sessions", "import", str(tmp_path / "absent"))
+    assert (absent.returncode, "cannot be read: No such file" in " ".join(absent.stderr.split())) == (1, True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from apiary_server import errors
 from apiary_server.engine.engine import Engine
-from apiary_server.engine.request import Sampling
-from apiary_server.engine.result import FinishReason
+from apiary_server.engine.request import Sampling, TurnRequest
+from apiary_server.engine.result import Delta, FinishReason
 from tests.server.driver import Reader, ask, begin, create, request, run, session, state, step
 
 MakeEngine = Callable[..., Engine]
@@ -67,6 +67,25 @@ def test_a_place_that_no_answer_has(engine: Engine, committed: bool) -> None:
         run(engine, first)
         assert len(first.token_ids) == 20, "the call before is not disturbed"
     assert not engine._admission
+
+
+def test_a_fault_while_it_is_sought_is_the_second_call_s_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = begin(engine, request(PROMPT, "a", max_tokens=20, request_id="x"))
+    step(engine, 2)
+
+    def fail(request: TurnRequest, tokens: Sequence[int]) -> Delta:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(engine._admission._door, "again", fail)
+    queued = engine.open(request(PROMPT, "a", max_tokens=20, request_id="x"), Reader())
+    step(engine)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        queued.result(10)
+    assert not engine._admission, "its place is given back"
+    run(engine, first)
+    assert len(first.token_ids) == 20
 
 
 def test_an_answer_that_ended_within_a_token_is_told_again_to_the_letter(engine: Engine) -> None:

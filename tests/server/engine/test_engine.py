@@ -131,7 +131,7 @@ def test_a_failing_step_fails_only_its_turns(engine: Engine, monkeypatch: pytest
     step(engine, 3)
     with monkeypatch.context() as patch:
         patch.setattr(
-            engine._loop._runner, "run", lambda pieces: (_ for _ in ()).throw(ValueError("broken kernel"))
+            engine._loop.runner, "run", lambda pieces: (_ for _ in ()).throw(ValueError("broken kernel"))
         )
         step(engine)
     assert isinstance(reader.error, errors.Internal)
@@ -146,7 +146,7 @@ def test_logits_that_are_not_finite_fail_their_own_turn_only(
 ) -> None:
     readers = [begin(engine, request("hello")), begin(engine, request("world"))]
     step(engine)
-    real = engine._loop._runner.run
+    real = engine._loop.runner.run
 
     def poisoned(pieces: list[object]) -> torch.Tensor:
         logits = real(pieces).clone()  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def test_logits_that_are_not_finite_fail_their_own_turn_only(
         return logits
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._loop._runner, "run", poisoned)
+        patch.setattr(engine._loop.runner, "run", poisoned)
         step(engine)
     run(engine, *readers)
     assert isinstance(readers[0].error, errors.Internal)
@@ -462,13 +462,13 @@ def test_a_step_that_hangs_costs_the_worker_its_health(
     engine = make_engine(start=False, step_limit=0.2)
     lost: list[bool] = []
     engine.on_unhealthy = lambda: lost.append(True)
-    real = engine._loop._runner.run
+    real = engine._loop.runner.run
 
     def slow(pieces: list[object]) -> torch.Tensor:
         time.sleep(0.8)
         return real(pieces)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine._loop._runner, "run", slow)
+    monkeypatch.setattr(engine._loop.runner, "run", slow)
     engine.start()
     begin(engine, request("hello", max_tokens=1))
     until = time.monotonic() + 5

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from apiary_server import errors
 from apiary_server.engine.engine import Engine
 from apiary_server.sessions.info import SessionInfo, State
-from tests.server.driver import Reader, ask, begin, create, request, run, same, session, state, step
+from tests.server.driver import Reader, ask, begin, create, outcome, request, run, same, session, state, step
 
 MakeEngine = Callable[..., Engine]
 PROMPT = list(range(3, 153))
 
 
 def fork(engine: Engine, id: str, new: str) -> SessionInfo:
-    forked = engine.keeper.fork("default", id, new)
-    with torch.inference_mode():
-        engine._loop.step()
-    return forked.result(0)
+    return outcome(engine, engine.keeper.fork("default", id, new))
 
 
 def content(engine: Engine, id: str) -> dict[str, object]:

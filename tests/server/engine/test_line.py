@@ -97,3 +97,17 @@ def test_a_worker_that_drains_sends_lines_away(engine: Engine) -> None:
     with pytest.raises(errors.Draining):
         queued.result(10)
     assert not engine._admission
+
+
+def test_one_id_for_two_requests_in_line_keeps_the_session_free(engine: Engine) -> None:
+    first = begin(engine, request("one", "a", max_tokens=5))
+    one, other = Reader(), Reader()
+    queued = engine.open(request("this", "a", max_tokens=2, wait=True, request_id="x"), one)
+    refused = engine.open(request("that", "a", max_tokens=2, wait=True, request_id="x"), other)
+    run(engine, first)
+    queued.result(10)
+    run(engine, one)
+    with pytest.raises(errors.InvalidField, match="another request"):
+        refused.result(10)
+    assert not session(engine, "a").busy
+    assert not engine._admission

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from apiary_server import errors
 from apiary_server.engine.engine import Engine
 from apiary_server.sessions.info import RebuildReason, SessionInfo, State
-from tests.server.driver import ask, begin, create, request, run, session, step
+from tests.server.driver import ask, begin, create, outcome, request, run, session, step
 
 MakeEngine = Callable[..., Engine]
 PROMPT = list(range(3, 153))
 
 
 def rewind(engine: Engine, id: str, turns: int) -> SessionInfo:
-    rewound = engine.keeper.rewind("default", id, turns)
-    with torch.inference_mode():
-        engine._loop.step()
-    return rewound.result(0)
+    return outcome(engine, engine.keeper.rewind("default", id, turns))
 
 
 @pytest.mark.parametrize("policy", ["buzz(sink=2,window=8,threshold=20)", "full(bound=900)"])

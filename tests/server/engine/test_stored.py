@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from apiary_server import errors
 from apiary_server.engine.engine import Engine
 from apiary_server.sessions.info import RebuildReason, State
+from apiary_server.sessions.sqlite import SqliteStore
 from apiary_server.sessions.store import Change, StoreError
 from tests.server.driver import Reader, ask, begin, create, request, run, session, step
 
@@ -19,8 +22,15 @@ PROMPT = list(range(3, 153))
 
 @pytest.fixture
 def make(make_engine: MakeEngine, tmp_path: Path) -> Callable[[], Engine]:
-    """Make an engine on the same directory, after the one before was closed."""
-    return lambda: make_engine(start=False, state_dir=tmp_path / "state", store_patience=0.3)
+    """Make an engine on the same directory, after the one before was closed. None lives until it would store
+    caches."""
+    return lambda: make_engine(
+        start=False,
+        state_dir=tmp_path / "state",
+        store_patience=0.3,
+        durability="idle",  # no snapshots of caches: the transcripts alone
+        snapshot_delay=1e6,
+    )
 
 
 def close(engine: Engine) -> None:
@@ -90,6 +100,53 @@ def test_a_store_that_fails_stops_nobody(make: Callable[[], Engine], monkeypatch
     close(other)
 
 
+def test_a_store_that_fails_at_the_start_is_told_at_once(
+    make: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    create(engine, "a")
+    assert ask(engine, PROMPT, "a").usage.durable
+    close(engine)
+
+    def refuse(store: SqliteStore, changes: Sequence[Change]) -> None:
+        raise StoreError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SqliteStore, "write", refuse)
+        other = make()
+        assert other.capacity().store_degraded
+        answer = ask(other, "go on", "a")
+        assert not answer.usage.durable
+    close(other)
+    third = make()
+    assert not third.capacity().store_degraded
+    assert session(third, "a").transcript[-16:].tolist() == answer.token_ids
+    close(third)
+
+
+def test_a_session_that_cannot_be_read_costs_no_other(make: Callable[[], Engine], tmp_path: Path) -> None:
+    engine = make()
+    for id in "abc":
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    close(engine)
+    with sqlite3.connect(tmp_path / "state" / "sessions.db") as connection:
+        connection.execute("UPDATE turns SET tokens = x'00' WHERE id = 'b'")
+    connection.close()
+    other = make()
+    assert other.capacity().unread_sessions == 1
+    with pytest.raises(errors.SessionNotFound):
+        other.sessions.get("default", "b")
+    create(other, "b")
+    for id in "abc":
+        assert ask(other, "go on", id).usage.durable
+    close(other)
+    third = make()
+    assert third.capacity().unread_sessions == 0
+    assert [third.sessions.get("default", id).turn_count for id in "abc"] == [2, 1, 2]
+    close(third)
+
+
 def test_a_store_that_hangs_holds_up_an_answer_s_end_alone(
     make: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +171,37 @@ def test_a_store_that_hangs_holds_up_an_answer_s_end_alone(
     close(engine)
     other = make()
     assert other.sessions.get("default", "a").turn_count == 2
+    close(other)
+
+
+def test_whoever_creates_a_session_is_told_when_it_is_stored(
+    make: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    assert engine._journal is not None
+    write, go_on = engine._journal._store.write, threading.Event()
+
+    def hang(changes: Sequence[Change]) -> None:
+        go_on.wait(10)
+        write(changes)
+
+    monkeypatch.setattr(engine._journal._store, "write", hang)
+    created = engine.keeper.create("default", "a", None, None, None, {})
+    assert not created.done()
+    go_on.set()
+    assert created.result(10).id == "a"
+    go_on.clear()
+    hanging = engine.keeper.create("default", "b", None, None, None, {})
+    for _ in range(100):
+        if hanging.done():
+            break
+        step(engine)
+    assert hanging.result(0).id == "b", "a store that hangs is not waited for"
+    assert engine.capacity().store_degraded
+    go_on.set()
+    close(engine)
+    other = make()
+    assert len(other.sessions) == 2
     close(other)
 
 
@@ -144,7 +232,7 @@ def test_expired_sessions_are_gone_for_good(make: Callable[[], Engine]) -> None:
     create(engine, "a")
     ask(engine, PROMPT, "a")
     session(engine, "a").expire_time = 1.0
-    engine.sessions.on_change(session(engine, "a"))
+    engine.sessions.changed(session(engine, "a"))
     close(engine)
     other = make()
     assert [(one.id, one.expire_time) for one in other.sessions._sessions.values()] == [("a", 1.0)]

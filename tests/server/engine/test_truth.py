@@ -149,13 +149,13 @@ def test_buzz_batched_agrees_with_alone(engine: Engine) -> None:
     alone = []
     for case in cases:
         session = Forced(engine, *case)
-        while Forced.step(engine._loop._runner, [session]):
+        while Forced.step(engine._loop.runner, [session]):
             pass
         alone.append((session.logits, session.kept()))
         assert session.transaction.cache.evicted > 0
         session.transaction.rollback()
     together = [Forced(engine, *case) for case in cases]
-    while Forced.step(engine._loop._runner, together):
+    while Forced.step(engine._loop.runner, together):
         pass
     differing = total = 0
     for session, (logits, kept) in zip(together, alone, strict=True):

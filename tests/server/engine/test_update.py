@@ -12,7 +12,7 @@ from apiary_server import errors
 from apiary_server.engine.engine import Engine
 from apiary_server.sessions.info import RebuildReason, SessionInfo, State
 from apiary_server.sessions.request import SessionChange
-from tests.server.driver import ask, begin, create, request, run, session, state, step
+from tests.server.driver import ask, begin, create, outcome, request, run, session, state, step
 
 MakeEngine = Callable[..., Engine]
 PROMPT = list(range(3, 153))
@@ -20,11 +20,8 @@ BUZZ = "buzz(sink=2,window=8,threshold=20)"
 
 
 def update(engine: Engine, id: str, **changes: object) -> SessionInfo:
-    updated = engine.keeper.update("default", id, SessionChange(**changes))  # type: ignore[arg-type]
-    if not updated.done():
-        with torch.inference_mode():
-            engine._loop.step()
-    return updated.result(0)
+    change = SessionChange(**changes)  # type: ignore[arg-type]
+    return outcome(engine, engine.keeper.update("default", id, change))
 
 
 @pytest.fixture

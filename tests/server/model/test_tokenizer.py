@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import AddedToken, decoders, models, processors
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from apiary_server.engine.request import Message, Messages, Text
 from apiary_server.errors import InvalidField
@@ -200,6 +201,26 @@ def test_ids_of_a_padded_vocabulary_have_no_text() -> None:
     served.check([300], "token_ids.ids")
     ids = served.encode(Text(text="ab"))
     assert served.decode([ids[0], 300, 319, ids[1]]) == "ab"
+
+
+def test_tokens_have_a_text_each() -> None:
+    served = tokenizer()
+    ids = served.encode(Text(text="<|im_start|>a \n\x1bé"), first=False)
+    every = ["<|im_start|>", "a", " ", "\n", "\x1b", "\ufffd", "\ufffd"]
+    assert served.pieces(ids, range(len(ids))) == every
+    assert served.pieces(ids, [5, 1]) == ["\ufffd", "a"]
+    assert served.pieces(ids, []) == []
+
+
+def test_the_space_before_a_word_is_part_of_it_though_its_decoder_takes_it_away() -> None:
+    words = {"▁the": 0, "▁bee": 1, "s": 2, "<0xC3>": 3, "<0xA9>": 4, "▁": 5}
+    backend = Backend(models.WordLevel(words, unk_token="s"))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    served = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), 6)
+    assert served.pieces([0, 1, 2, 5, 0], range(5)) == ["the", " bee", "s", " ", " the"]
+    assert served.pieces([0, 3, 4], range(3)) == ["the", "\ufffd", "\ufffd"]
 
 
 @pytest.mark.parametrize("text", ["a", " a ", "é🐝\u200d", "\x00", "<|im_end|>", "語" * 1000])

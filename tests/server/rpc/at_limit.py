@@ -1,4 +1,5 @@
-"""Requests as large as they may be, as data: every worker must serve them."""
+"""Requests as large as they may be, as data: every worker with an idle session `sessions/known` must
+serve them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from google.protobuf.message import Message
 from apiary.v1 import generation_pb2 as g
 from apiary.v1 import session_pb2 as s
 
-from .bad_requests import CREATE, GENERATE, LIST, STREAM, YEARS, turn
+from .bad_requests import CREATE, GENERATE, LIST, MAP, STREAM, YEARS, turn
 
 AT_LIMIT: dict[str, tuple[str, Message]] = {
     "sampling, high": (
@@ -63,5 +64,6 @@ AT_LIMIT: dict[str, tuple[str, Message]] = {
     ),
     "longest ttl": (CREATE, s.CreateSessionRequest(session=s.Session(ttl=Duration(seconds=YEARS)))),
     "shortest ttl": (CREATE, s.CreateSessionRequest(session=s.Session(ttl=Duration(nanos=1_000_000)))),
+    "map": (MAP, s.GetCacheMapRequest(name="sessions/known", column_count=512, token_limit=1000)),
     "page size": (LIST, s.ListSessionsRequest(page_size=2**31 - 1)),
 }

@@ -26,6 +26,7 @@ TOKENIZE = "/apiary.v1.GenerationService/Tokenize"
 DETOKENIZE = "/apiary.v1.GenerationService/Detokenize"
 CREATE = "/apiary.v1.SessionService/CreateSession"
 GET = "/apiary.v1.SessionService/GetSession"
+MAP = "/apiary.v1.SessionService/GetCacheMap"
 LIST = "/apiary.v1.SessionService/ListSessions"
 DELETE = "/apiary.v1.SessionService/DeleteSession"
 MODEL = "/apiary.v1.ModelService/GetModel"
@@ -268,9 +269,32 @@ def _sessions() -> Iterator[BadRequest]:
         grpc.StatusCode.NOT_FOUND,
         "SESSION_NOT_FOUND",
     )
-    for method in ("GetCacheMap", "ExportSession", "ImportSession"):
-        path, reason = f"/apiary.v1.SessionService/{method}", "METHOD_NOT_IMPLEMENTED"
-        yield BadRequest(f"{method} is for later", path, b"", None, UNIMPLEMENTED, reason)
+    take_out, take_in = (f"/apiary.v1.SessionService/{verb}Session" for verb in ("Export", "Import"))
+    yield BadRequest("export of no name", take_out, s.ExportSessionRequest(), "name")
+    nothing = s.ExportSessionRequest(name="sessions/unknown")
+    yield BadRequest("export of nothing", take_out, nothing, None, NOT_FOUND, "SESSION_NOT_FOUND")
+    bad_id = s.ImportSessionRequest(session_id="A b", chunk=b"x")
+    yield BadRequest("import: a malformed id", take_in, bad_id, "session_id")
+    for chunk in (b"", b"x", b"x" * 100_000):
+        noise = s.ImportSessionRequest(chunk=chunk)
+        yield BadRequest(f"import of {len(chunk)} bytes", take_in, noise, None, INVALID, "SNAPSHOT_REFUSED")
+    for name in ("", "known", "sessions/", "sessions/*"):
+        yield BadRequest(f"map of {name!r}", MAP, s.GetCacheMapRequest(name=name), "name")
+    for title, fields, field in (
+        ("an unknown view", {"view": 9}, "view"),
+        ("a layer twice", {"layers": [0, 1, 0]}, "layers"),
+        ("no such layer", {"layers": [0, 2**32 - 1]}, "layers[1]"),
+        ("millions of layers", {"layers": [0] * 2**21}, "layers"),
+        ("too many columns", {"column_count": 513}, "column_count"),
+        ("too many tokens", {"token_limit": 1001}, "token_limit"),
+        ("a limit to all", {"view": s.GetCacheMapRequest.VIEW_FULL, "token_limit": 9}, "token_limit"),
+    ):
+        request = s.GetCacheMapRequest(name="sessions/known", **fields)  # type: ignore[arg-type]
+        yield BadRequest(f"map: {title}", MAP, request, field)
+    nothing, known = (s.GetCacheMapRequest(name=f"sessions/{id}") for id in ("unknown", "known"))
+    yield BadRequest("map of nothing", MAP, nothing, None, NOT_FOUND, "SESSION_NOT_FOUND")
+    stranger = (("x-apiary-tenant", "somebody-else"),)
+    yield BadRequest("map, foreign", MAP, known, None, NOT_FOUND, "SESSION_NOT_FOUND", stranger)
 
 
 def _others() -> Iterator[BadRequest]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
+
 from apiary_server import errors
+from apiary_server.engine.cache_map import CacheCopy, CacheMap, draw
 from apiary_server.engine.delivery import Delivery, TokenStream
 from apiary_server.engine.places import Place, Places
-from apiary_server.engine.request import Messages, Text, TokenIds, TurnRequest
+from apiary_server.engine.request import CacheMapRequest, Messages, Text, TokenIds, TurnRequest
 from apiary_server.engine.result import Capacity, Delta, FinishReason, ModelInfo, TokenLogprob, Usage
-from apiary_server.sessions.info import SessionInfo, State
+from apiary_server.sessions.info import RebuildReason, SessionInfo, State
 from apiary_server.sessions.request import SessionChange
 
 VOCABULARY = 49_152
@@ -62,6 +66,7 @@ class FakeEngine:
         self.model = MODEL
         self.sessions = FakeSessions()
         self.keeper = FakeKeeper(self.sessions)
+        self.porter = FakePorter(self.sessions)
         self.healthy = True
         self.on_unhealthy: Callable[[], None] | None = None
         self.full = False
@@ -123,6 +128,14 @@ class FakeEngine:
     def capacity(self) -> Capacity:
         return CAPACITY
 
+    def moves(self) -> Mapping[str, int]:
+        return {}
+
+    def cache_map(self, copy: CacheCopy, request: CacheMapRequest, most_bytes: int) -> CacheMap:
+        return draw(
+            copy, request, lambda tokens, places: [f"t{tokens[place]}" for place in places], most_bytes
+        )
+
     def _check(self, request: TurnRequest) -> None:
         most = self.model.max_tokens
         if (request.stopping.max_tokens or 0) > most:
@@ -172,6 +185,35 @@ class FakeKeeper:
     def __init__(self, sessions: FakeSessions) -> None:
         self._sessions = sessions
 
+    def look(self, tenant: str, id: str) -> Future[CacheCopy]:
+        """Two layers of two heads, which keep four of nine tokens; none before there is a turn."""
+        looked: Future[CacheCopy] = Future()
+        info = self._sessions.get(tenant, id)
+        if info.state is State.BUSY:
+            raise errors.SessionBusy(f"sessions/{id} has a turn in flight")
+        from buzz import parse
+
+        kept = [[[0, 3, 7, 8], [0, 4, 7, 8]], [[0, 3, 7, 8], [0, 5, 7, 8]]]
+        position = np.array(kept, np.int32)[..., : 4 if info.turn_count else 0]
+        seen = 9 if info.turn_count else 0
+        copy = CacheCopy(
+            id=id,
+            policy=parse("h2o(heavy=2,recent=2,block=1)"),
+            state=info.state,
+            sampled=0,
+            seen=seen,
+            position=position,
+            score=position.astype(np.float32) / 4,
+            tokens=array("I", range(100, 100 + seen)),
+        )
+        threading.Timer(0.01, looked.set_result, (copy,)).start()
+        return looked
+
+    def create(self, *fields: Any) -> Future[SessionInfo]:
+        created: Future[SessionInfo] = Future()
+        threading.Timer(0.01, created.set_result, (self._sessions.create(*fields),)).start()
+        return created
+
     def update(self, tenant: str, id: str, change: SessionChange) -> Future[SessionInfo]:
         updated: Future[SessionInfo] = Future()
         info = self._sessions.get(tenant, id)
@@ -208,6 +250,36 @@ class FakeKeeper:
         self._sessions.remove(tenant, id)
         done: Future[None] = Future()
         threading.Timer(0.01, done.set_result, (None,)).start()
+        return done
+
+
+class FakePorter:
+    """The interface of `apiary_server.engine.porter.Porter`. A session's bytes are ten digits, which say how
+    many bytes follow, and these."""
+
+    def __init__(self, sessions: FakeSessions) -> None:
+        self._sessions = sessions
+        self.size = 3_000_000
+        self.taken_in: list[bytes] = []
+
+    def take_out(self, tenant: str, id: str) -> Future[Sequence[bytes]]:
+        self._sessions.get(tenant, id)
+        done: Future[Sequence[bytes]] = Future()
+        done.set_result([b"%010d" % self.size, b"", bytes(self.size)])
+        return done
+
+    def length(self, start: bytes) -> int | None:
+        if not start[:10].isdigit() and start:
+            raise errors.SnapshotRefused("it is no snapshot", RebuildReason.SNAPSHOT_CORRUPT)
+        return int(start[:10]) + 10 if len(start) >= 10 else None
+
+    def take_in(self, tenant: str, id: str | None, data: bytes) -> Future[SessionInfo]:
+        self.taken_in.append(data)
+        done: Future[SessionInfo] = Future()
+        if len(data) != self.length(data):
+            done.set_exception(errors.SnapshotRefused("it is cut off", RebuildReason.SNAPSHOT_CORRUPT))
+        else:
+            done.set_result(self._sessions.create(tenant, id, None, None, None, {}))
         return done
 
 

@@ -30,7 +30,7 @@ async def busy(
 ) -> AsyncIterator[tuple[Engine, aio.Client]]:
     """A served engine over the tiny model, with long steps and a slow tokeniser."""
     engine = make_engine(max_running=RUNNING, queue_limit=QUEUE)
-    run, encode = engine._loop._runner.run, engine._door.tokenizer.encode
+    run, encode = engine._loop.runner.run, engine._door.tokenizer.encode
     matrix = torch.rand(256, 256)
 
     def long_step(pieces: Any) -> torch.Tensor:
@@ -43,7 +43,7 @@ async def busy(
         time.sleep(2 * STEP)
         return encode(*args, **options)
 
-    monkeypatch.setattr(engine._loop._runner, "run", long_step)
+    monkeypatch.setattr(engine._loop.runner, "run", long_step)
     monkeypatch.setattr(engine._door.tokenizer, "encode", slow_encode)
     app = App(engine, Settings(listen="127.0.0.1:0"))
     await app.start()

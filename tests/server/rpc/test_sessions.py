@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import grpc
@@ -12,6 +13,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from apiary.v1 import session_pb2 as pb
 from apiary.v1.session_pb2_grpc import SessionServiceStub
+from apiary_server.rpc.app import App
+from apiary_server.sessions.info import State
+from apiary_server.settings import Settings
 
 from .fake_engine import FakeEngine
 
@@ -113,14 +117,6 @@ async def test_tenants_see_their_own(stub: SessionServiceStub) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_import_is_for_later_whatever_is_streamed(stub: SessionServiceStub) -> None:
-    chunks = [pb.ImportSessionRequest(session_id="a"), pb.ImportSessionRequest(chunk=b"x")]
-    for requests in ([], chunks):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.ImportSession(iter(requests), timeout=10)
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-
-
 async def test_fork(stub: SessionServiceStub) -> None:
     await stub.CreateSession(pb.CreateSessionRequest(session_id="a", session=pb.Session(labels={"a": "b"})))
     forked = await stub.ForkSession(pb.ForkSessionRequest(name="sessions/a", session_id="b"))
@@ -153,3 +149,126 @@ async def test_rewind(stub: SessionServiceStub) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.RewindSession(pb.RewindSessionRequest(name="sessions/a", turn_count=1))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_export(stub: SessionServiceStub, engine: FakeEngine) -> None:
+    await stub.CreateSession(pb.CreateSessionRequest(session_id="a"))
+    messages = [message async for message in stub.ExportSession(pb.ExportSessionRequest(name="sessions/a"))]
+    assert b"".join(message.chunk for message in messages) == b"0003000000" + bytes(3_000_000)
+    assert [message.total_bytes for message in messages] == [3_000_010] + [0] * (len(messages) - 1)
+    assert max(len(message.chunk) for message in messages) <= 2**20
+
+
+async def test_import(stub: SessionServiceStub, engine: FakeEngine) -> None:
+    data = b"0003000000" + bytes(3_000_000)
+    chunks = [data[:3], data[3:4], b"", data[4:2_000_000], data[2_000_000:]]
+    requests = [
+        pb.ImportSessionRequest(session_id="a" * (not place), chunk=chunk)
+        for place, chunk in enumerate(chunks)
+    ]
+    assert (await stub.ImportSession(iter(requests))).name == "sessions/a"
+    assert engine.porter.taken_in == [data]
+
+
+async def refusal(stub: SessionServiceStub, *requests: pb.ImportSessionRequest) -> str:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ImportSession(iter(requests))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    return caught.value.details() or ""
+
+
+async def test_imports_that_are_refused(stub: SessionServiceStub, engine: FakeEngine) -> None:
+    assert "chunk" in await refusal(stub)
+    whole = b"0000000003abc"
+    second = pb.ImportSessionRequest(session_id="b", chunk=whole[3:])
+    assert "first message alone" in await refusal(stub, pb.ImportSessionRequest(chunk=whole[:3]), second)
+    assert "cut off" in await refusal(stub, pb.ImportSessionRequest(chunk=whole[:-1]))
+    more = [pb.ImportSessionRequest(chunk=whole), *[pb.ImportSessionRequest(chunk=b"more")] * 1000]
+    assert "cut off" in await refusal(stub, *more)
+    assert len(engine.porter.taken_in[-1]) < 50, "the others are not waited for"
+
+
+async def read_all(call: grpc.aio.UnaryStreamCall[pb.ExportSessionRequest, pb.ExportSessionResponse]) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+@pytest.mark.parametrize("settings", [Settings(listen="127.0.0.1:0", stall_limit=0.5)])
+async def test_whoever_takes_nothing_is_dropped(stub: SessionServiceStub, engine: FakeEngine) -> None:
+    """Two who take nothing would keep all others from exporting."""
+    await stub.CreateSession(pb.CreateSessionRequest(session_id="a"))
+    engine.porter.size = 50_000_000
+    idle = [stub.ExportSession(pb.ExportSessionRequest(name="sessions/a")) for _ in range(2)]
+    for call in idle:
+        await call.read()
+    engine.porter.size = 10
+    third = stub.ExportSession(pb.ExportSessionRequest(name="sessions/a"))
+    assert (await third.read()).total_bytes == 20
+    for call in idle:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_all(call)
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+
+
+async def test_cache_map(stub: SessionServiceStub, engine: FakeEngine) -> None:
+    info = engine.sessions.create("default", "a", None, None, None, {})
+    empty = await stub.GetCacheMap(pb.GetCacheMapRequest(name="sessions/a"))
+    assert (empty.name, empty.state, empty.entries) == ("sessions/a", pb.Session.STATE_EMPTY, 0)
+    assert [*empty.columns, *empty.tokens] == []
+    engine.sessions.table["default", "a"] = dataclasses.replace(info, state=State.PARKED, turn_count=1)
+    request = pb.GetCacheMapRequest(name="sessions/a", column_count=3, token_limit=2)
+    drawn = await stub.GetCacheMap(request)
+    assert (drawn.state, drawn.entries, drawn.kv_heads) == (pb.Session.STATE_PARKED, 4, 2)
+    assert (drawn.token_count, drawn.kept_token_count) == (9, 6)
+    assert [(column.start, column.stop) for column in drawn.columns] == [(0, 3), (3, 6), (6, 9)]
+    assert [column.kind for column in drawn.columns] == [
+        pb.CacheMap.KIND_HEAVY,
+        pb.CacheMap.KIND_HEAVY,
+        pb.CacheMap.KIND_WINDOW,
+    ]
+    assert [(layer.layer, list(layer.column_entries)) for layer in drawn.layers] == [
+        (0, [2, 2, 4]),
+        (1, [2, 2, 4]),
+    ]
+    kinds = pb.CacheMap.KIND_HEAVY, pb.CacheMap.KIND_WINDOW
+    counts = [pb.KindCount(kind=kind, entries=4) for kind in kinds]
+    assert all(list(layer.kinds) == counts and not layer.heads for layer in drawn.layers)
+    first, second = drawn.tokens
+    assert first == pb.KeptToken(
+        position=0, token_id=100, text="t100", head_count=4, mean_score=0, kinds=[pb.CacheMap.KIND_HEAVY]
+    )
+    assert (second.position, second.head_count, second.mean_score) == (3, 2, 0.75)
+
+    request = pb.GetCacheMapRequest(name="sessions/a", view=pb.GetCacheMapRequest.VIEW_FULL, layers=[1])
+    full = await stub.GetCacheMap(request)
+    (layer,) = full.layers
+    assert layer.layer == 1
+    assert [list(head.positions) for head in layer.heads] == [[0, 3, 7, 8], [0, 5, 7, 8]]
+    assert [list(head.scores) for head in layer.heads] == [[0, 0.75, 1.75, 2], [0, 1.25, 1.75, 2]]
+    assert all(list(head.kinds) == [kinds[0]] * 2 + [kinds[1]] * 2 for head in layer.heads)
+    assert [token.text for token in full.tokens] == ["t100", "t103", "t105", "t107", "t108"]
+
+
+async def test_a_map_of_a_busy_session(stub: SessionServiceStub, engine: FakeEngine) -> None:
+    engine.sessions.create("default", "a", None, None, None, {})
+    engine.sessions.begin("default", "a")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.GetCacheMap(pb.GetCacheMapRequest(name="sessions/a"))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_a_full_map_is_no_larger_than_a_message(engine: FakeEngine, settings: Settings) -> None:
+    info = engine.sessions.create("default", "a", None, None, None, {})
+    engine.sessions.table["default", "a"] = dataclasses.replace(info, turn_count=1)
+    full = pb.GetCacheMapRequest(name="sessions/a", view=pb.GetCacheMapRequest.VIEW_FULL)
+    app = App(engine, settings.model_copy(update={"max_message_bytes": 1500}))  # type: ignore[arg-type]
+    await app.start()
+    async with grpc.aio.insecure_channel(app.address) as channel:
+        stub = SessionServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.GetCacheMap(full)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "name at most 1" in (caught.value.details() or "")
+        full.layers.append(0)
+        assert (await stub.GetCacheMap(full)).ByteSize() <= 1500
+    await app.stop(0)

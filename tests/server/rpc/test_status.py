@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 from apiary.v1.error_reason_pb2 import ErrorReason
 from apiary_server import errors
 from apiary_server.rpc import status
+from apiary_server.sessions.info import RebuildReason
 
 EXAMPLES: list[errors.ApiaryError] = [
     errors.InvalidField([("a.b", "too large"), ("c", "missing")]),
@@ -27,6 +28,7 @@ EXAMPLES: list[errors.ApiaryError] = [
     errors.DeadlineExceeded("too late"),
     errors.Cancelled("gone"),
     errors.ReaderStalled("stalled"),
+    errors.SnapshotRefused("cut off", RebuildReason.SNAPSHOT_CORRUPT),
     errors.Internal("abc123"),
 ]
 BASES = {errors.ApiaryError, errors.NotFound, errors.RetryLater}

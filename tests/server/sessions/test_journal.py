@@ -12,7 +12,7 @@ from apiary_server.sessions.journal import Journal
 from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.request import SessionChange
 from apiary_server.sessions.session import Session, TurnRecord
-from apiary_server.sessions.store import Change, StoredSession, StoreError
+from apiary_server.sessions.store import Change, StoredSession, StoreError, StoreForgot
 from buzz import parse
 
 
@@ -23,9 +23,11 @@ class Memory:
         self.sessions: dict[tuple[str, str], list[int]] = {}  # first tokens of the turns
         self.writes: list[Sequence[Change]] = []
         self.failing = False
+        self.forgetful = False
         self.open = threading.Event()
         self.open.set()
         self.closed = False
+        self.unread = 0
 
     def load(self) -> Iterator[StoredSession]:
         return iter(())
@@ -34,6 +36,10 @@ class Memory:
         self.open.wait(10)
         if self.failing:
             raise StoreError("the disk is full")
+        if self.forgetful:
+            self.forgetful = False
+            self.sessions.clear()
+            raise StoreForgot("all is gone")
         self.writes.append(changes)
         for change in changes:
             key = change.tenant, change.id
@@ -64,6 +70,14 @@ def journal(sessions: SessionManager, store: Memory) -> Iterator[Journal]:
     yield journal
     store.open.set()
     journal.close(5)
+
+
+def recovers(journal: Journal) -> bool:
+    """Wait until the store works again; whether it does."""
+    until = time.monotonic() + 5
+    while journal.degraded and time.monotonic() < until:
+        time.sleep(0.02)
+    return not journal.degraded
 
 
 def create(sessions: SessionManager, id: str) -> Session:
@@ -160,12 +174,28 @@ def test_a_store_that_fails_is_told_and_made_good(
     sessions.rewind(session, 2)
     commit(sessions, session, 4)
     store.failing = False
+    assert recovers(journal)
+    assert store.sessions == {("default", "a"): [1, 2, 4]}
+    assert stored(journal, session)
+
+
+def test_a_store_that_forgot_is_given_everything_anew(
+    sessions: SessionManager, journal: Journal, store: Memory
+) -> None:
+    one, other, gone = (create(sessions, id) for id in ("one", "other", "gone"))
+    for number, session in enumerate((one, other, one, gone)):
+        commit(sessions, session, number)
+    sessions.remove("default", "gone")
+    assert stored(journal, gone)
+    assert store.sessions == {("default", "one"): [0, 2], ("default", "other"): [1]}
+    store.forgetful = True
+    commit(sessions, one, 7)
+    assert not stored(journal, one)
     until = time.monotonic() + 5
     while journal.degraded and time.monotonic() < until:
         time.sleep(0.02)
-    assert not journal.degraded
-    assert store.sessions == {("default", "a"): [1, 2, 4]}
-    assert stored(journal, session)
+    assert stored(journal, one)
+    assert store.sessions == {("default", "one"): [0, 2, 7], ("default", "other"): [1]}
 
 
 def test_a_store_that_hangs_is_waited_for_only_so_long(
@@ -180,11 +210,30 @@ def test_a_store_that_hangs_is_waited_for_only_so_long(
     assert 0.25 < time.monotonic() - began < 2
     assert journal.degraded
     store.open.set()
-    until = time.monotonic() + 5
-    while journal.degraded and time.monotonic() < until:
-        time.sleep(0.02)
+    assert recovers(journal)
     assert stored(journal, session)
     assert store.sessions == {("default", "a"): [1]}
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_store_that_does_not_work_is_known_from_the_start(
+    sessions: SessionManager, store: Memory, hangs: bool
+) -> None:
+    store.failing = not hangs
+    if hangs:
+        store.open.clear()
+    began = time.monotonic()
+    journal = Journal(sessions, store, patience=0.3)
+    try:
+        assert journal.degraded
+        assert time.monotonic() - began < 2
+        store.failing = False
+        store.open.set()
+        assert recovers(journal), "though nothing has changed"
+        assert stored(journal, create(sessions, "a"))
+    finally:
+        store.open.set()
+        journal.close(5)
 
 
 def test_what_is_left_is_written_at_the_end(sessions: SessionManager, store: Memory) -> None:

@@ -66,6 +66,8 @@ class LateCopy:
     def wait(self) -> None:
         self.copies.run(self)
 
+    join = wait
+
 
 def filled(size: int, value: int) -> Tensor:
     return torch.full((size,), value, dtype=torch.uint8)
@@ -124,6 +126,17 @@ def test_only_slots_that_are_being_parked_are_waited_for() -> None:
     third_parked = parking.park(third)
     parking.unpark(third_parked, first)
     assert copies.waiting == [], "an unparked slot is used at once"
+
+
+def test_what_is_parked_may_be_read_when_it_is_there() -> None:
+    copies = LateCopies()
+    parking = PinnedParking(KIB, copies)
+    first, second = parking.park(filled(64, 7)), parking.park(filled(64, 8))
+    assert torch.equal(parking.read(first), filled(64, 7))
+    assert len(copies.waiting) == 1, "the other need not be there"
+    assert torch.equal(parking.read(second), filled(64, 8))
+    plain = PlainParking()
+    assert torch.equal(plain.read(plain.park(filled(64, 9))), filled(64, 9))
 
 
 def test_buffers_are_kept_for_the_next_of_their_size() -> None:
@@ -199,12 +212,20 @@ class FakeStream:
     def wait_stream(self, other: FakeStream) -> None:
         self.cuda.log.append(f"{self.name} waits for {other.name}")
 
-    def record_event(self) -> str:
+    def record_event(self) -> FakeEvent:
         self.cuda.log.append(f"event on {self.name}")
-        return "event"
+        return FakeEvent(self.cuda)
 
-    def wait_event(self, event: str) -> None:
-        self.cuda.log.append(f"{self.name} waits for the {event}")
+    def wait_event(self, event: FakeEvent) -> None:
+        self.cuda.log.append(f"{self.name} waits for the event")
+
+
+@dataclass
+class FakeEvent:
+    cuda: FakeCuda
+
+    def synchronize(self) -> None:
+        self.cuda.log.append("the host waits for the event")
 
 
 def test_what_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,12 +238,15 @@ def test_what_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         def copy_(self, source: Tensor, non_blocking: bool) -> None:
             cuda.log.append(f"copy on {cuda.now}, {non_blocking=}")
 
-    copies.start(Target(), filled(8, 1)).wait()  # type: ignore[arg-type]
+    copy = copies.start(Target(), filled(8, 1))  # type: ignore[arg-type]
+    copy.wait()
+    copy.join()
     assert cuda.log == [
         "side waits for main",
         "copy on side, non_blocking=True",
         "event on side",
         "main waits for the event",
+        "the host waits for the event",
     ]
 
 

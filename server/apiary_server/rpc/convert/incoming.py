@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from apiary.v1 import generation_pb2 as gpb
 from apiary.v1 import model_pb2 as mpb
 from apiary.v1 import session_pb2 as spb
-from apiary_server.engine.request import Messages, Text, TokenIds, TurnRequest
+from apiary_server.engine.request import MOST_LAYERS, CacheMapRequest, Messages, Text, TokenIds, TurnRequest
 from apiary_server.engine.result import ModelInfo
 from apiary_server.errors import InvalidField, ModelNotFound
 from apiary_server.rpc.caller import Caller
@@ -29,6 +29,7 @@ from apiary_server.sessions.request import SESSION_ID, NewSession, SessionChange
 from apiary_server.telemetry import Origin
 
 DEFAULT_PAGE, LONGEST_PAGE = 50, 1000
+_ECHO = 80  # characters of a caller's text that an error repeats
 _ID_RULE = "1 to 63 of a-z, 0-9, '-', '_', '.', starting with a letter or digit"
 
 _ROLES = {
@@ -150,7 +151,7 @@ def new_session(message: spb.CreateSessionRequest) -> NewSession:
 
 def change(message: spb.UpdateSessionRequest) -> tuple[str, SessionChange]:
     """The id of a session, and what to change of it: the fields of the mask, or without one those that are
-    set (AIP-134).
+    set (AIP-134). The mask `*` is those that are set and the labels, of which there may be none.
 
     Raises:
         InvalidField: with the protobuf path of every field that is wrong.
@@ -158,18 +159,17 @@ def change(message: spb.UpdateSessionRequest) -> tuple[str, SessionChange]:
     session = message.session
     id = session_id(session.name, "session.name")
     _refuse_output(session, _SESSION_OUTPUT)
-    paths = list(message.update_mask.paths)
-    if "*" in paths:
-        paths = [*_SETTINGS]
+    paths = list(dict.fromkeys(message.update_mask.paths))
+    if paths == ["*"]:
+        return id, _build(SessionChange, "session", **{"labels": {}, **_settings(session, _SETTINGS)})
     if unknown := [path for path in paths if path not in _SETTINGS]:
-        why = f"has {', '.join(unknown)}; what can be changed is {', '.join(_SETTINGS)}"
+        why = f"has {_echo(', '.join(unknown))}; what can be changed is {', '.join(_SETTINGS)}"
         raise InvalidField([("update_mask", why)])
     settings = _settings(session, paths or _SETTINGS)
-    for path in paths:
-        if path == "labels":
-            settings["labels"] = dict(session.labels)  # none, if none are set
-        elif path not in settings and message.update_mask.paths != ["*"]:
-            raise InvalidField([(f"session.{path}", "is in the update mask, and not set")])
+    if "labels" in paths:
+        settings.setdefault("labels", {})
+    if unset := [path for path in paths if path not in settings]:
+        raise InvalidField([(f"session.{path}", "is in the update mask, and not set") for path in unset])
     if not settings:
         raise InvalidField([("session", f"names nothing to change: set one of {', '.join(_SETTINGS)}")])
     return id, _build(SessionChange, "session", **settings)
@@ -182,6 +182,47 @@ def fork(message: spb.ForkSessionRequest) -> tuple[str, str | None]:
         InvalidField: one of them is malformed.
     """
     return session_id(message.name, "name"), _new_id(message.session_id)
+
+
+def imported(first: spb.ImportSessionRequest | None) -> str | None:
+    """The id of the session that is to be added (None: to be drawn).
+
+    Raises:
+        InvalidField: nothing came, or it is malformed.
+    """
+    if first is None:
+        raise InvalidField([("chunk", "is required: stream what ExportSession gave")])
+    return _new_id(first.session_id)
+
+
+def imported_next(message: spb.ImportSessionRequest | None) -> None:
+    """Check a message after the first.
+
+    Raises:
+        InvalidField: it has an id.
+    """
+    if message is not None and message.session_id:
+        raise InvalidField([("session_id", "belongs in the first message alone")])
+
+
+def cache_map(message: spb.GetCacheMapRequest) -> tuple[str, CacheMapRequest]:
+    """The id of a session, and what to tell of its cache.
+
+    Raises:
+        InvalidField: with the protobuf path of every field that is wrong.
+    """
+    id = session_id(message.name, "name")
+    _check_enum("view", message.view, spb.GetCacheMapRequest.View.values())
+    full = message.view == spb.GetCacheMapRequest.VIEW_FULL
+    if full and message.token_limit:
+        raise InvalidField([("token_limit", "is for summaries: a full map has all tokens, so leave it out")])
+    if len(message.layers) > MOST_LAYERS:  # before they are copied
+        why = f"has {len(message.layers)} numbers, at most {MOST_LAYERS} are allowed"
+        raise InvalidField([("layers", why)])
+    given: dict[str, Any] = _fields(message)
+    for name in ("name", "view"):
+        given.pop(name, None)
+    return id, _build(CacheMapRequest, "", full=full, **given)
 
 
 def session_id(name: str, field: str) -> str:
@@ -254,10 +295,15 @@ def _path(parent: str, parts: Sequence[int | str]) -> str:
         if part == "[key]":  # pydantic's mark for a map's key; its value stands before
             continue
         if isinstance(part, int) or path.endswith("labels"):
-            path += f"[{part}]"
+            path += f"[{part if isinstance(part, int) else _echo(part)}]"
         else:
             path += f".{part}" if path else part
     return path
+
+
+def _echo(text: str) -> str:
+    """What an error repeats of a caller's text, which may be as long as a message."""
+    return text if len(text) <= _ECHO else f"{text[:_ECHO]}…"
 
 
 def _fields(message: Protobuf) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from apiary.v1 import generation_pb2 as gpb
 from apiary.v1 import model_pb2 as mpb
 from apiary.v1 import session_pb2 as spb
+from apiary_server.engine.cache_map import CacheMap, Kind, LayerMap
 from apiary_server.engine.result import Capacity, Delta, FinishReason, ModelInfo, TokenLogprob, Usage
 from apiary_server.sessions.info import RebuildReason, SessionInfo, State
 
@@ -36,6 +37,17 @@ _REBUILD_REASONS = {
     RebuildReason.POLICY_CHANGED: gpb.Usage.REBUILD_REASON_POLICY_CHANGED,
     RebuildReason.REWOUND: gpb.Usage.REBUILD_REASON_REWOUND,
     RebuildReason.RESTARTED: gpb.Usage.REBUILD_REASON_RESTARTED,
+    RebuildReason.SNAPSHOT_EVICTED: gpb.Usage.REBUILD_REASON_SNAPSHOT_EVICTED,
+}
+
+_KINDS = {
+    None: spb.CacheMap.KIND_UNSPECIFIED,
+    Kind.SINK: spb.CacheMap.KIND_SINK,
+    Kind.SAMPLED: spb.CacheMap.KIND_SAMPLED,
+    Kind.CELL: spb.CacheMap.KIND_CELL,
+    Kind.HEAVY: spb.CacheMap.KIND_HEAVY,
+    Kind.MIDDLE: spb.CacheMap.KIND_MIDDLE,
+    Kind.WINDOW: spb.CacheMap.KIND_WINDOW,
 }
 
 
@@ -62,6 +74,9 @@ def response(whole: Delta) -> gpb.GenerateResponse:
     )
 
 
+CHUNK = 2**20  # bytes
+
+
 def session(info: SessionInfo) -> spb.Session:
     """A session as it is now."""
     return spb.Session(
@@ -82,6 +97,67 @@ def sessions(page: Iterable[SessionInfo], last: str) -> spb.ListSessionsResponse
     """A page of sessions; `last` is the id that the next page comes after, "" if there is none."""
     token = base64.urlsafe_b64encode(last.encode("ascii")).decode("ascii")
     return spb.ListSessionsResponse(sessions=map(session, page), next_page_token=token)
+
+
+def export(parts: Sequence[bytes]) -> Iterator[spb.ExportSessionResponse]:
+    """The bytes of a session, in messages of a size that every client takes."""
+    total = sum(map(len, parts))
+    for part in parts:
+        for start in range(0, len(part), CHUNK):
+            yield spb.ExportSessionResponse(chunk=part[start : start + CHUNK], total_bytes=total)
+            total = 0
+
+
+def cache_map(drawn: CacheMap) -> spb.CacheMap:
+    """Which tokens a session's cache keeps."""
+    counts = [
+        spb.KindCount(kind=_KINDS[region.kind], entries=(region.stop - region.start) * drawn.kv_heads)
+        for region in drawn.regions
+    ]
+    kinds = [_KINDS[region.kind] for region in drawn.regions for _ in range(region.start, region.stop)]
+    return spb.CacheMap(
+        name=f"sessions/{drawn.id}",
+        layers=[
+            spb.LayerMap(
+                heads=_heads(layer, kinds),
+                layer=layer.layer,
+                kinds=counts,
+                column_entries=layer.column_entries.tolist(),
+            )
+            for layer in drawn.layers
+        ],
+        state=_STATES[drawn.state],
+        policy=drawn.policy,
+        entries=drawn.entries,
+        kv_heads=drawn.kv_heads,
+        token_count=drawn.seen,
+        columns=[
+            spb.MapColumn(start=column.start, stop=column.stop, kind=_KINDS[column.kind])
+            for column in drawn.columns
+        ],
+        kept_token_count=drawn.kept,
+        tokens=[
+            spb.KeptToken(
+                position=token.position,
+                token_id=token.token_id,
+                text=token.text,
+                head_count=token.head_count,
+                mean_score=token.mean_score,
+                kinds=[_KINDS[kind] for kind in token.kinds],
+            )
+            for token in drawn.tokens
+        ],
+    )
+
+
+def _heads(layer: LayerMap, kinds: Sequence[spb.CacheMap.Kind.ValueType]) -> list[spb.HeadMap]:
+    if layer.positions is None:
+        return []
+    scores = [[]] * len(layer.positions) if layer.scores is None else layer.scores.tolist()
+    return [
+        spb.HeadMap(positions=positions, scores=some, kinds=kinds)
+        for positions, some in zip(layer.positions.tolist(), scores, strict=True)
+    ]
 
 
 def model(info: ModelInfo) -> mpb.Model:

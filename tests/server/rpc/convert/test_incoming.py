@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import BaseModel
 
@@ -17,7 +19,7 @@ from apiary_server.engine.request import Sampling, Stopping, Text
 from apiary_server.errors import InvalidField, ModelNotFound
 from apiary_server.rpc.caller import Caller
 from apiary_server.rpc.convert import incoming, outgoing
-from apiary_server.sessions.request import LONGEST_LIFE, NewSession
+from apiary_server.sessions.request import LONGEST_LIFE, NewSession, SessionChange
 
 from ..bad_requests import ASSISTANT, SYSTEM, USER, chat
 from ..fake_engine import MODEL
@@ -123,6 +125,40 @@ def test_violations_do_not_quote_the_prompt() -> None:
         assert secret not in str(_refused(lambda request=request: _turn(request)))
 
 
+@pytest.mark.parametrize("letter", ["x", "\n", "🐝"])
+def test_violations_do_not_repeat_long_names(letter: str) -> None:
+    long = letter * 2**20
+    labels = s.CreateSessionRequest(session=s.Session(labels={long: "x", "y" + long: long, "z": long}))
+    mask = s.UpdateSessionRequest(
+        session=s.Session(name="sessions/a"), update_mask=FieldMask(paths=[long] * 3)
+    )
+    for call in (lambda: incoming.new_session(labels), lambda: incoming.change(mask)):
+        for field, why in _refused(call):
+            assert len(field) < 120
+            assert len(why) < 200
+    assert (f"session.labels[{letter * 80}…]") in dict(_refused(lambda: incoming.new_session(labels)))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        g.GenerateRequest(text="x", sampling=g.Sampling(logit_bias=dict.fromkeys(range(9999), 1000000000.0))),
+        g.GenerateRequest(text="x", stopping=g.Stopping(stop=["x" * 257] * 9999)),
+        g.GenerateRequest(text="x", stopping=g.Stopping(stop_token_ids=[2**31] * 9999)),
+        g.GenerateRequest(messages=g.ChatMessages(messages=[g.ChatMessage(role=9)] * 9999)),  # type: ignore[arg-type]
+        g.GenerateRequest(token_ids=g.TokenIds(ids=[2**31] * 9999)),
+        s.CreateSessionRequest(session=s.Session(labels={f"{id}" + "x" * 64: "x" for id in range(9999)})),
+    ],
+)
+def test_a_violation_is_not_named_ten_thousand_times(
+    message: g.GenerateRequest | s.CreateSessionRequest,
+) -> None:
+    if isinstance(message, s.CreateSessionRequest):
+        assert len(_refused(lambda: incoming.new_session(message))) == 1
+    else:
+        assert len(_refused(lambda: incoming.turn_request(message, Caller(), longest=9999))) == 1
+
+
 def test_a_turn_that_may_be_asked_for_again() -> None:
     message = g.GenerateRequest(text="hi", session="sessions/a", request_id="x", next_index=3)
     message.on_cancel, message.when_busy = g.ON_CANCEL_KEEP, g.WHEN_BUSY_WAIT
@@ -171,6 +207,38 @@ def test_every_field_of_a_session_is_read_or_refused() -> None:
     ours = set(NewSession.model_fields) - {"id"}
     fields = {field.name for field in s.Session.DESCRIPTOR.fields}
     assert fields == ours | {"name"} | set(incoming._SESSION_OUTPUT)
+
+
+@pytest.mark.parametrize(
+    ("mask", "given", "changed"),
+    [
+        ([], {"policy": "full"}, {"policy": "full"}),
+        ([], {"labels": {"a": "b"}, "ttl": Duration(seconds=9)}, {"labels": {"a": "b"}, "ttl": 9.0}),
+        (["ttl"], {"ttl": Duration(seconds=9), "policy": "full"}, {"ttl": 9.0}),
+        (["labels", "policy", "labels"], {"policy": "full"}, {"labels": {}, "policy": "full"}),
+        (["*"], {"policy": "full"}, {"labels": {}, "policy": "full"}),
+        (["*"], {"labels": {"a": "b"}}, {"labels": {"a": "b"}}),
+        (["*"], {}, {"labels": {}}),
+    ],
+)
+def test_what_a_mask_changes(mask: list[str], given: dict[str, Any], changed: dict[str, object]) -> None:
+    session = s.Session(name="sessions/a", **given)
+    message = s.UpdateSessionRequest(session=session, update_mask=FieldMask(paths=mask))
+    assert incoming.change(message) == ("a", SessionChange(**changed))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mask", "wrong"),
+    [
+        (["*", "labels"], ["update_mask"]),
+        (["labels", "name"], ["update_mask"]),
+        (["policy", "ttl", "ttl"], ["session.policy", "session.ttl"]),
+    ],
+)
+def test_masks_that_are_refused(mask: list[str], wrong: list[str]) -> None:
+    session = s.Session(name="sessions/a", labels={"a": "b"})
+    message = s.UpdateSessionRequest(session=session, update_mask=FieldMask(paths=mask))
+    assert [field for field, _ in _refused(lambda: incoming.change(message))] == wrong
 
 
 def test_the_longest_life() -> None:

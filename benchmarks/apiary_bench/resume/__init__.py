@@ -1,0 +1,1 @@
+"""How soon sessions answer after their worker was started again."""

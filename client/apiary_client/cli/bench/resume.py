@@ -1,0 +1,118 @@
+"""`apiary bench resume`: how soon a session answers after its worker was started again."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from apiary_client.cli import console
+from apiary_client.cli.bench.bars import Bars
+from apiary_client.cli.bench.options import (
+    Backend,
+    CacheDtype,
+    JsonFile,
+    Model,
+    Policy,
+    Repeats,
+    Threads,
+    Weights,
+)
+from apiary_client.cli.bench.stopping import cancel_on_signals
+from apiary_client.cli.server_extra import server_extra
+
+if TYPE_CHECKING:
+    from apiary_bench.resume.run import Plan, Resume
+
+_WORKER = ("model", "policy", "weights", "backend", "cache_dtype", "threads")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        epilog=console.examples(
+            "apiary bench resume",
+            "apiary bench resume --history 6000 --policy 'full(bound=8192)' --kill --json resume.json",
+        )
+    )(resume)
+
+
+def resume(
+    context: typer.Context,
+    history: Annotated[
+        int, typer.Option(min=1, metavar="TOKENS", help="Of the session when its worker ends.")
+    ] = 3000,
+    input: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Of each measured turn.")] = 32,
+    turns: Annotated[int, typer.Option(min=1, metavar="N", help="Warm turns of each session.")] = 10,
+    others: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Sessions of the same length that come back before it.")
+    ] = 0,
+    repeats: Repeats = 5,
+    kill: Annotated[
+        bool, typer.Option("--kill", help="End workers by SIGKILL, once the snapshot is there.")
+    ] = False,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            writable=True,
+            help="Store sessions there, and delete them at the end: the disk that is measured. "
+            "[dim]\\[default: where temporary files are][/dim]",
+            show_default=False,
+        ),
+    ] = None,
+    json: JsonFile = None,
+    model: Model = None,
+    policy: Policy = None,
+    weights: Weights = None,
+    backend: Backend = None,
+    cache_dtype: CacheDtype = None,
+    threads: Threads = None,
+) -> None:
+    """How soon a session answers after its worker was started again.
+
+    Starts workers of its own, one after the other, on one state directory. For each repeat: one takes a new
+    session's history, and ends. The next takes the session's next turn, sent when its ready line is there,
+    by a new connection; its cache comes from the snapshot. Then that is deleted, and the worker after that
+    takes a turn for which it has to compute the cache anew, and then the warm turns, each when the last one's
+    snapshot is there.
+
+    First token: from the request to it, for the client, over gRPC. Cached tokens and rebuild reason are what
+    the answers say of themselves: the command fails, without a report, if a cache was computed that should
+    have come from a snapshot, or the other way round.
+
+    Files that were just written are read from the system's memory: a machine that was started again is slower
+    by the time that its disk takes for one snapshot.
+    """
+    with server_extra("bench"):
+        from apiary_bench import document
+        from apiary_bench.resume import report
+        from apiary_bench.resume.run import Plan
+
+        plan = Plan(history=history, input=input, turns=turns, others=others, repeats=repeats, kill=kill)
+        given = {name: context.params[name] for name in _WORKER if context.params[name] is not None}
+        flags = {f"--{name.replace('_', '-')}": str(value) for name, value in given.items()}
+        if json is not None:
+            document.require(json)
+        try:
+            found = asyncio.run(_run(plan, flags, directory))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            console.note("stopped; nothing is reported")
+            raise typer.Exit(130) from None
+        console.write(f"{report.heading(plan, found)}\n")
+        console.table(report.first_tokens(found))
+        console.table(report.ratios(found))
+        if json is not None:
+            document.write(json, report.document(plan, flags, found))
+
+
+async def _run(plan: Plan, flags: dict[str, str], directory: Path | None) -> Resume:
+    from apiary_bench.resume import run
+
+    cancel_on_signals()
+    with Bars() as bars:
+        return await run.run(plan, flags, bars, directory)

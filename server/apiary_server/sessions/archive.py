@@ -1,0 +1,253 @@
+"""Keeps snapshots of caches up to date, in a thread of its own, and reads them.
+
+A snapshot may lag: the transcript that the journal stores is enough to compute what it lacks. So changes of a
+session that come quickly make one snapshot, and while turns run the thread takes no more than a small share
+of the time from them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+
+import structlog
+import torch
+from torch import Tensor
+
+from apiary_server.errors import SnapshotRefused
+from apiary_server.sessions.info import RebuildReason
+from apiary_server.sessions.manager import SessionManager
+from apiary_server.sessions.restored import Restored, restore
+from apiary_server.sessions.session import Session
+from apiary_server.sessions.shelf import Shelf
+from apiary_server.sessions.snapshot import Image, Origin, decode, encode
+from apiary_server.sessions.store import StoreError
+from buzz import Rotary
+
+_log = structlog.get_logger(__name__)
+_PATIENCE = 5.0  # seconds after which a write hangs
+_RETRY = 1.0  # seconds until a store that failed is tried again
+_LOOK = 0.05  # seconds between looks whether a session may be copied now
+_SHARE = 1 / 100  # of a processor, at most, while turns run
+_HEAD = 2**17  # bytes that a snapshot may have beside those of the slot
+
+
+class Archive:
+    """Makes snapshots. Thread-safe.
+
+    Args:
+        sessions: the table of sessions.
+        shelf: where they go.
+        origin: whose caches they are.
+        rotary: the model's.
+        delay: seconds for which a session must have been left alone.
+
+    Attributes:
+        shelf: as given.
+        saved: how many snapshots were made.
+    """
+
+    def __init__(
+        self, sessions: SessionManager, shelf: Shelf, origin: Origin, rotary: Rotary, delay: float
+    ) -> None:
+        self.shelf = shelf
+        self._sessions = sessions
+        self.saved = 0
+        self._origin = origin
+        self._rotary = rotary
+        self._delay = delay
+        self._changed = threading.Condition()
+        self._dirty: OrderedDict[int, tuple[Session, float]] = OrderedDict()  # longest unchanged first
+        self._urgent: dict[int, Session] = {}
+        self._deadline: float | None = None  # of the end
+        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._rest_until = 0.0
+        self._failed = False
+        self._writing_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="archive", daemon=True)
+        sessions.watchers.append(self.note)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the last write failed, or the present one hangs."""
+        since = self._writing_since
+        return self._failed or (since is not None and time.monotonic() - since > _PATIENCE)
+
+    def start(
+        self,
+        post: Callable[[Callable[[], None]], None],
+        copy: Callable[[Session, Tensor], Image | None],
+        busy: Callable[[], bool],
+    ) -> None:
+        """Begin.
+
+        Args:
+            post: has something done by the thread that owns the caches.
+            copy: copies a session's committed cache to host memory, there.
+            busy: whether turns run.
+        """
+        self._post, self._copy, self._busy = post, copy, busy
+        self._thread.start()
+
+    def note(self, session: Session) -> None:
+        """A session changed: its turns, or it was deleted."""
+        if not session.id:
+            return
+        self.shelf.forget(session, 0 if session.deleted else len(session.turns))
+        with self._changed:
+            self._dirty.pop(id(session), None)
+            if not session.deleted and session.cached_turns and not self.shelf.current(session):
+                self._dirty[id(session)] = (session, time.monotonic())
+            self._changed.notify()
+
+    def hurry(self, session: Session) -> bool:
+        """Have a snapshot made soon; False if that cannot be now."""
+        if self.degraded or session.layout.bytes + _HEAD > self.shelf.budget:
+            return False
+        with self._changed:
+            self._urgent[id(session)] = session
+            self._changed.notify()
+        return True
+
+    def release(self, session: Session) -> bool:
+        """Whether there is a snapshot of an idle session as it is; then no turn finds its cache in memory any
+        more."""
+        return self.shelf.current(session) and self._sessions.let_go(session)
+
+    def forget(self, session: Session) -> None:
+        """No snapshot of a session is of use any more; the caller has its turn."""
+        session.epoch += 1
+        self.shelf.forget(session)
+
+    def read(self, session: Session) -> tuple[Restored | None, RebuildReason | None]:
+        """The last of a session's snapshots that can be used; and if that is not the last of all, or none,
+        why. The caller has the session's turn."""
+        why = None
+        for turns in self.shelf.turns(session):
+            try:
+                found = self._read(session, turns)
+            except SnapshotRefused as error:
+                _log.warning("a snapshot was refused", session=session.id, turns=turns, reason=error.message)
+                self.shelf.refuse(session, turns)
+                why = why or error.reason
+            except StoreError as error:
+                _log.error("a snapshot cannot be read", session=session.id, turns=turns, reason=str(error))
+                why = why or RebuildReason.SNAPSHOT_CORRUPT
+            else:
+                return found, None if turns == len(session.turns) else why or session.rebuild
+        return None, why or session.rebuild or RebuildReason.RESTARTED
+
+    def close(self, timeout: float) -> None:
+        """Make the snapshots that are missing, for `timeout` seconds at most. The caller is now the thread
+        that owns the caches, or nobody is."""
+        with self._changed:
+            self._deadline = time.monotonic() + timeout
+            self._changed.notify()
+        self._thread.join(timeout + _RETRY)
+        if not self._thread.is_alive():
+            self.shelf.close()
+        if self._dirty:
+            _log.warning("some caches have no snapshot: they will be computed anew", count=len(self._dirty))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                session = self._next()
+                if session is None:
+                    if self._deadline is not None:
+                        break
+                    self._changed.wait(_LOOK if self._dirty else None)
+            self._work(session)
+        self._work(None)
+
+    def _next(self) -> Session | None:
+        """Which session's cache is copied now."""
+        now = time.monotonic()
+        if self._deadline is not None:
+            over = now >= self._deadline or self.degraded
+            return None if over else next((session for session, _ in self._dirty.values()), None)
+        if self._urgent:
+            return self._urgent.pop(next(iter(self._urgent)))
+        if now < self._rest_until and (self.degraded or self._busy()):
+            return None
+        due = (session for session, since in self._dirty.values() if now - since >= self._delay)
+        return next((session for session in due if not session.busy), None)
+
+    def _work(self, session: Session | None) -> None:
+        if session is None and self._failed and time.monotonic() < self._rest_until:
+            return
+        began = time.thread_time()  # of the processor: waiting for a step or a disk takes nothing from turns
+        tidied = False
+        try:
+            tidied = self.shelf.tidy()
+            if session is not None:
+                self._save(session)
+        except Exception as error:
+            if not isinstance(error, StoreError):
+                _log.exception("a fault of ours in a snapshot")
+            if not self._failed:
+                self._failed = True
+                _log.error("caches are not stored: serving goes on", reason=str(error))
+            self._rest_until = time.monotonic() + _RETRY
+            with self._changed:
+                if session is not None and id(session) in self._dirty:
+                    self._dirty.move_to_end(id(session))  # others may have better luck
+            return
+        finally:
+            self._writing_since = None
+        if session is None and not tidied:
+            return
+        if self._failed:
+            self._failed = False
+            _log.warning("caches are stored again")
+        self._rest_until = time.monotonic() + (time.thread_time() - began) / _SHARE
+
+    def _save(self, session: Session) -> None:
+        changed = self._dirty.get(id(session))
+        image = self._image(session)
+        if image is None:  # it has no cache, or a turn runs, and it is tried again
+            done = session.cache is None or self._deadline is not None
+        elif not image.turns:
+            done = True
+        else:
+            parts = encode(image, self._origin)
+            self._writing_since = time.monotonic()
+            self.saved += self.shelf.put(session, image.epoch, image.turns, parts)
+            done = True
+        if done:
+            with self._changed:
+                if self._dirty.get(id(session)) is changed:
+                    self._dirty.pop(id(session), None)
+
+    def _image(self, session: Session) -> Image | None:
+        """A copy of the session's cache, made by the thread that owns it."""
+        if self._staging.numel() < session.layout.bytes:
+            self._staging = torch.empty(session.layout.bytes, dtype=torch.uint8)
+        made: Future[Image | None] = Future()
+
+        def make() -> None:
+            if made.set_running_or_notify_cancel():
+                try:
+                    made.set_result(self._copy(session, self._staging))
+                except BaseException as error:
+                    made.set_exception(error)
+
+        self._post(make)
+        while True:
+            try:
+                return made.result(_LOOK)
+            except NotYet:
+                if self._deadline is not None and made.cancel():  # that thread has ended
+                    return self._copy(session, self._staging)
+
+    def _read(self, session: Session, turns: int) -> Restored:
+        data = self.shelf.get(session, turns, session.layout.bytes + _HEAD)
+        if data is None:
+            raise SnapshotRefused("it is gone", RebuildReason.SNAPSHOT_CORRUPT)
+        manifest, tensors = decode(data, self._origin)
+        self._origin.check(manifest)
+        return restore(session, turns, manifest, tensors, self._rotary)

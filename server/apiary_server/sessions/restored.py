@@ -1,0 +1,63 @@
+"""A cache that comes from a snapshot, checked against the session that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from apiary_server.errors import SnapshotRefused
+from apiary_server.sessions.info import RebuildReason
+from apiary_server.sessions.pool import Lease
+from apiary_server.sessions.session import Session
+from apiary_server.sessions.snapshot import Manifest, check, fill, history
+from buzz import Cache, CacheState, Rotary
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A session's cache as it was stored: its counts, and what of its slot's tensors is in use, in host
+    memory."""
+
+    state: CacheState
+    tensors: Mapping[str, Tensor]
+    rotary: Rotary
+
+    def place(self, session: Session, lease: Lease) -> Cache:
+        """Write it to a slot for the session, and have it there."""
+        policy = session.policy
+        fill(lease.memory, session.layout, self.state, self.tensors)
+        cache = Cache(policy, self.rotary, lease.buffers(policy.states))
+        cache.restore(self.state)
+        return cache
+
+
+def restore(
+    session: Session, turns: int, manifest: Manifest, tensors: Mapping[str, Tensor], rotary: Rotary
+) -> Restored:
+    """Check that a snapshot is the cache that a session had after so many turns.
+
+    Args:
+        session: whose turn the caller has.
+        turns: at least 1.
+        manifest: of the snapshot.
+        tensors: the cache's.
+        rotary: the model's.
+
+    Raises:
+        SnapshotRefused: the snapshot is of other turns or another policy, or does not make such a cache.
+    """
+    if (manifest.turns, manifest.history) != (turns, history(session, turns)):
+        raise SnapshotRefused("it is of turns that were taken back", RebuildReason.RESTARTED)
+    if manifest.policy != str(session.policy):
+        raise SnapshotRefused(f"it is of the policy {manifest.policy}", RebuildReason.POLICY_CHANGED)
+    seen = session.turns[turns - 1].seen
+    if manifest.counts is None or manifest.counts.seen != seen:
+        raise SnapshotRefused(f"it has no cache of {seen} tokens", RebuildReason.SNAPSHOT_CORRUPT)
+    state, policy = manifest.counts.state, session.policy
+    evicted = state.evicted and not policy.evicts
+    if state.n > policy.bound or state.sampled > state.n or evicted or (state.packed and not state.measured):
+        raise SnapshotRefused(f"{state} is no state of {policy}", RebuildReason.SNAPSHOT_CORRUPT)
+    check(session.layout, state, tensors)
+    return Restored(state, tensors, rotary)

@@ -1,0 +1,1 @@
+"""Sessions and snapshots in a Valkey server, which several workers can reach."""

@@ -1,0 +1,55 @@
+"""Which stores a worker keeps its sessions and its snapshots in."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from apiary_server.sessions.files import SnapshotFiles
+from apiary_server.sessions.sqlite import SqliteStore
+from apiary_server.sessions.store import SnapshotStore, Store
+from apiary_server.sessions.valkey.address import ValkeyAddress
+from apiary_server.settings import Settings
+
+
+class Stores(NamedTuple):
+    """Where sessions are kept, and where snapshots are; `place` says it without a password."""
+
+    sessions: Store
+    snapshots: SnapshotStore
+    place: str
+
+
+def open_stores(settings: Settings, tokenizer: str) -> Stores | None:
+    """Open the stores that the settings name, if they name any.
+
+    Args:
+        settings: the worker's.
+        tokenizer: a digest of the tokenizer.
+
+    Raises:
+        StoreError: they cannot be used.
+        OSError: the password cannot be read.
+    """
+    if settings.durability == "off":
+        return None
+    if settings.state_dir is not None:
+        directory = settings.state_dir
+        return Stores(
+            SqliteStore(directory, tokenizer), SnapshotFiles(directory / "snapshots"), str(directory)
+        )
+    if settings.store is not None:
+        return _valkey(settings.store.get_secret_value(), settings, tokenizer)
+    return None
+
+
+def _valkey(url: str, settings: Settings, tokenizer: str) -> Stores:
+    # here, since the client takes a fifth of a second to import, and most workers have no use for it
+    from apiary_server.sessions.valkey.namespace import Namespace
+    from apiary_server.sessions.valkey.sessions import ValkeySessions
+    from apiary_server.sessions.valkey.snapshots import ValkeySnapshots
+
+    address = ValkeyAddress.parse(url)
+    if settings.store_password_file is not None:
+        address = address.with_password(settings.store_password_file.read_text().strip())
+    namespace = Namespace(address, tokenizer)
+    return Stores(ValkeySessions(namespace), ValkeySnapshots(namespace), address.shown)

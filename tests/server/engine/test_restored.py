@@ -1,0 +1,537 @@
+"""Caches that come back from snapshots: answers go on as if nothing had been; what was computed anew is
+said."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apiary_server.engine.engine import Engine
+from apiary_server.sessions.archive import Archive
+from apiary_server.sessions.info import RebuildReason, State
+from apiary_server.sessions.request import SessionChange
+from apiary_server.sessions.store import StoreError
+from tests.server.driver import ask, begin, create, request, run, same, session, state, step
+
+MakeEngine = Callable[..., Engine]
+Make = Callable[..., Engine]
+PROMPT = list(range(3, 153))
+POLICY = "buzz(sink=2,window=8,threshold=20)"
+SLOT = 14_080  # bytes of a default session
+WORKSPACE = 86_144
+
+
+@pytest.fixture
+def make(make_engine: MakeEngine, tmp_path: Path) -> Make:
+    """Make an engine on the same directory, after the one before was closed."""
+    return lambda **fields: make_engine(start=False, **({"state_dir": tmp_path / "state"} | fields))
+
+
+def archive(engine: Engine) -> Archive:
+    assert engine._archive is not None
+    return engine._archive
+
+
+def close(engine: Engine, *, snapshots: bool = True) -> None:
+    """End as a worker does; or as if it was killed before it made its last snapshots."""
+    assert engine._journal is not None
+    engine._journal.close(10)
+    if not snapshots:
+        archive(engine)._dirty.clear()
+    archive(engine).close(10)
+
+
+def saved(engine: Engine, *ids: str) -> None:
+    """Step until the sessions have snapshots as they are, and those before are deleted."""
+    for _ in range(400):
+        current = all(archive(engine).shelf.current(session(engine, id)) for id in ids)
+        if current and not archive(engine)._dirty:
+            return
+        engine._loop.post(lambda: None)
+        step(engine)
+        threading.Event().wait(0.005)
+    raise AssertionError("no snapshot was made")
+
+
+def snapshots(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "state" / "snapshots").iterdir())
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        POLICY,
+        "full(bound=900)",
+        "buzz2(sink=2,window=8,hot=10,cells=8)",
+        "corm(budget=40,recent=8,queries=8)",
+    ],
+)
+def test_another_engine_goes_on_without_computing_anew(
+    make: Make, make_engine: MakeEngine, policy: str
+) -> None:
+    calm, engine = make_engine(start=False), make()
+    for each in (calm, engine):
+        create(each, "a", policy)
+        for number in range(3):
+            ask(each, PROMPT[: 20 + 40 * number], "a", max_tokens=5 + 13 * number)
+    close(engine)
+    other = make()
+    assert other.sessions.get("default", "a").state is State.STORED
+    again, through = (ask(each, "go on", "a", max_tokens=40) for each in (other, calm))
+    assert again.token_ids == through.token_ids
+    assert again.usage.rebuild_reason is None
+    assert (again.usage.cached_tokens, again.usage.evicted_entries) == (
+        through.usage.cached_tokens,
+        through.usage.evicted_entries,
+    )
+    assert same(
+        state(session(other, "a")) | {"update_time": 0}, state(session(calm, "a")) | {"update_time": 0}
+    )
+    close(other)
+
+
+def test_a_snapshot_that_lags_is_made_up_for(make: Make, make_engine: MakeEngine) -> None:
+    calm, engine = make_engine(start=False), make()
+    for each in (calm, engine):
+        create(each, "a", POLICY)
+        ask(each, PROMPT, "a", max_tokens=5)
+    saved(engine, "a")
+    archive(engine)._delay = 60
+    for each in (calm, engine):
+        for number in range(3):
+            ask(each, PROMPT[:30], "a", max_tokens=7 + number)
+    close(engine, snapshots=False)
+    other = make()
+    again, through = (ask(each, "go on", "a", max_tokens=40) for each in (other, calm))
+    assert again.token_ids == through.token_ids
+    assert again.usage.rebuild_reason is RebuildReason.RESTARTED
+    assert 100 < again.usage.cached_tokens < through.usage.cached_tokens
+    assert ask(other, "and on", "a").usage.rebuild_reason is None
+    close(other)
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "how", [damage, Path.unlink, lambda path: path.write_bytes(b""), lambda path: path.chmod(0)]
+)
+def test_a_snapshot_that_is_broken_is_told(
+    make: Make, make_engine: MakeEngine, tmp_path: Path, how: Callable[[Path], object]
+) -> None:
+    calm, engine = make_engine(start=False), make()
+    for each in (calm, engine):
+        create(each, "a", POLICY)
+        ask(each, PROMPT, "a")
+    close(engine)
+    other = make()
+    (path,) = snapshots(tmp_path)
+    how(path)
+    again, through = (ask(each, "go on", "a", max_tokens=40) for each in (other, calm))
+    assert again.token_ids == through.token_ids
+    if how is not Path.chmod and path.exists():
+        assert again.usage.rebuild_reason in (RebuildReason.SNAPSHOT_CORRUPT, None)
+    saved(other, "a")
+    close(other)
+
+
+def test_damage_is_told_by_its_reason(make: Make, tmp_path: Path) -> None:
+    engine = make()
+    create(engine, "a", POLICY)
+    ask(engine, PROMPT, "a")
+    close(engine)
+    for how in (damage, Path.unlink):
+        other = make()
+        (path,) = snapshots(tmp_path)
+        how(path)
+        usage = ask(other, "go on", "a").usage
+        assert (usage.rebuild_reason, usage.cached_tokens) == (RebuildReason.SNAPSHOT_CORRUPT, 0)
+        close(other)
+
+
+def test_an_earlier_snapshot_is_better_than_none(make: Make, tmp_path: Path) -> None:
+    engine = make(checkpoints=1)
+    create(engine, "a", POLICY)
+    for _ in range(2):
+        ask(engine, PROMPT, "a")
+        saved(engine, "a")
+    close(engine)
+    _, second = snapshots(tmp_path)
+    damage(second)
+    other = make(checkpoints=1)
+    usage = ask(other, "go on", "a").usage
+    assert usage.rebuild_reason is RebuildReason.SNAPSHOT_CORRUPT
+    assert usage.cached_tokens > 100
+    close(other)
+
+
+def test_another_model_s_snapshots_are_not_used(make: Make) -> None:
+    engine = make()
+    create(engine, "a", POLICY)
+    ask(engine, PROMPT, "a")
+    close(engine)
+    other = make(dtype="bfloat16", cache_dtype="bfloat16")
+    usage = ask(other, "go on", "a").usage
+    assert (usage.rebuild_reason, usage.cached_tokens) == (RebuildReason.MODEL_CHANGED, 0)
+    close(other)
+
+
+def test_a_key_makes_others_snapshots_worthless(make: Make, tmp_path: Path) -> None:
+    engine = make()
+    create(engine, "a", POLICY)
+    ask(engine, PROMPT, "a")
+    close(engine)
+    (tmp_path / "key").write_text("0123456789abcdef\n")
+    for reason in (RebuildReason.SNAPSHOT_CORRUPT, None):
+        other = make(snapshot_key_file=tmp_path / "key")
+        assert ask(other, "go on", "a").usage.rebuild_reason is reason
+        close(other)
+    (tmp_path / "key").write_text("short")
+    with pytest.raises(ValueError, match="has 5 bytes, and 16 are the least"):
+        make(snapshot_key_file=tmp_path / "key")
+
+
+def test_what_was_taken_back_is_in_no_snapshot(make: Make, make_engine: MakeEngine, tmp_path: Path) -> None:
+    engine = make()
+    create(engine, "a", POLICY)
+    for _ in range(3):
+        ask(engine, PROMPT, "a")
+    saved(engine, "a")
+    before = snapshots(tmp_path)
+    engine.keeper.rewind("default", "a", 1)
+    step(engine)
+    ask(engine, "another way", "a")
+    ask(engine, "another way", "a")
+    saved(engine, "a")
+    assert [path.name for path in snapshots(tmp_path)] == [path.name for path in before]
+    calm = make_engine(start=False)
+    create(calm, "a", POLICY)
+    for prompt in (PROMPT, "another way", "another way"):
+        ask(calm, prompt, "a")
+    close(engine)
+    other = make()
+    again, through = (ask(each, "go on", "a", max_tokens=40) for each in (other, calm))
+    assert (again.token_ids, again.usage.rebuild_reason) == (through.token_ids, None)
+    close(other)
+
+
+def test_a_killed_worker_s_rewind_leaves_no_snapshot_that_is_used(make: Make, tmp_path: Path) -> None:
+    """The file of turns that were taken back may be there still, by the name that a new one will have."""
+    engine = make()
+    create(engine, "a", POLICY)
+    for _ in range(2):
+        ask(engine, PROMPT, "a")
+    saved(engine, "a")
+    (path,) = snapshots(tmp_path)
+    stale = path.read_bytes()
+    archive(engine)._delay = 60
+    engine.keeper.rewind("default", "a", 1)
+    step(engine)
+    ask(engine, "another way", "a")
+    close(engine, snapshots=False)
+    path.write_bytes(stale)
+    other = make()
+    usage = ask(other, "go on", "a").usage
+    assert (usage.rebuild_reason, usage.cached_tokens) == (RebuildReason.RESTARTED, 0)
+    close(other)
+
+
+def test_checkpoints_make_rewinds_quick(make: Make, make_engine: MakeEngine) -> None:
+    calm, engine = make_engine(start=False), make(checkpoints=3)
+    for each in (calm, engine):
+        create(each, "a", POLICY)
+        for number in range(4):
+            ask(each, PROMPT[: 50 + number], "a")
+            if each is engine:
+                saved(engine, "a")
+    for each in (calm, engine):
+        each.keeper.rewind("default", "a", 2)
+        step(each)
+    again, through = (ask(each, "go on", "a", max_tokens=40) for each in (engine, calm))
+    assert again.token_ids == through.token_ids
+    assert through.usage.rebuild_reason is RebuildReason.REWOUND
+    assert through.usage.cached_tokens == 0
+    assert again.usage.rebuild_reason is None
+    assert again.usage.cached_tokens > 100
+    close(engine)
+
+
+def test_a_changed_policy_makes_them_worthless(make: Make) -> None:
+    engine = make()
+    create(engine, "a", POLICY)
+    ask(engine, PROMPT, "a")
+    saved(engine, "a")
+    engine.keeper.update("default", "a", SessionChange(policy="streaming(sink=2,window=20)"))
+    step(engine)
+    close(engine)
+    other = make()
+    usage = ask(other, "go on", "a").usage
+    assert (usage.rebuild_reason, usage.cached_tokens) == (RebuildReason.RESTARTED, 0)
+    saved(other, "a")
+    close(other)
+
+
+def test_deleted_sessions_leave_no_file(make: Make, tmp_path: Path) -> None:
+    engine = make()
+    for id in ("a", "b"):
+        create(engine, id, POLICY)
+        ask(engine, PROMPT, id)
+    saved(engine, "a", "b")
+    engine.keeper.delete("default", "a")
+    step(engine)
+    close(engine)
+    assert len(snapshots(tmp_path)) == 1
+    (tmp_path / "state" / "snapshots" / f"{'0' * 32}-1.snapshot").write_bytes(b"an orphan")
+    (tmp_path / "state" / "snapshots" / "x.unfinished").write_bytes(b"half")
+    other = make()
+    close(other)
+    assert len(snapshots(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("parked", [0, 2 * SLOT])
+def test_more_sessions_than_memory_all_answer(make: Make, make_engine: MakeEngine, parked: int) -> None:
+    """A pool for three, and twelve sessions that take turns: the others' caches are in the store alone."""
+    calm = make_engine(start=False)
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=parked)
+    ids = [f"s{number}" for number in range(12)]
+    for each in (calm, engine):
+        for id in ids:
+            create(each, id)
+    for number in range(3):
+        for place, id in enumerate(ids):
+            again, through = (
+                ask(each, PROMPT[place : 30 + 3 * place], id, max_tokens=9) for each in (engine, calm)
+            )
+            assert again.token_ids == through.token_ids
+            assert again.usage.rebuild_reason is None, (number, id)
+            assert engine.capacity().parked_bytes <= parked
+    assert engine._loop.residency.moves["stored"] > 20
+    assert engine._loop.residency.moves["loaded"] > 20
+    states = {engine.sessions.get("default", id).state for id in ids}
+    assert states >= {State.STORED, State.RESIDENT}
+    close(engine)
+
+
+def test_turns_that_come_together_wait_for_room(make: Make, make_engine: MakeEngine) -> None:
+    calm = make_engine(start=False)
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
+    ids = [f"s{number}" for number in range(10)]
+    answers = {}
+    for each in (calm, engine):
+        for id in ids:
+            create(each, id)
+        for number in range(2):
+            readers = [
+                begin(each, request(PROMPT[place : 40 + place], id, max_tokens=8))
+                for place, id in enumerate(ids)
+            ]
+            run(each, *readers)
+            assert [reader.error for reader in readers] == [None] * 10
+            answers[each is calm, number] = [reader.token_ids for reader in readers]
+    assert answers[True, 0] == answers[False, 0]
+    assert answers[True, 1] == answers[False, 1]
+    close(engine)
+
+
+def test_a_stored_session_can_be_forked(make: Make, make_engine: MakeEngine) -> None:
+    calm, engine = make_engine(start=False), make()
+    for each in (calm, engine):
+        create(each, "a", POLICY)
+        ask(each, PROMPT, "a")
+    close(engine)
+    other = make()
+    forked = other.keeper.fork("default", "a", "b")
+    for _ in range(100):
+        if forked.done():
+            break
+        threading.Event().wait(0.01)
+        other._loop.post(lambda: None)
+        step(other)
+    assert forked.result(0).state is State.RESIDENT
+    again, through = ask(other, "go on", "b", max_tokens=40), ask(calm, "go on", "a", max_tokens=40)
+    assert (again.token_ids, again.usage.rebuild_reason) == (through.token_ids, None)
+    close(other)
+
+
+def test_forks_wait_until_others_are_stored(make: Make) -> None:
+    """A pool for three, nothing may be parked, and fifteen forks."""
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
+    create(engine, "a")
+    expected = None
+    ask(engine, PROMPT, "a")
+    for number in range(15):
+        forked = engine.keeper.fork("default", "a", f"f{number}")
+        for _ in range(500):
+            if forked.done():
+                break
+            threading.Event().wait(0.01)
+            engine._loop.post(lambda: None)
+            step(engine)
+        assert forked.result(0).turn_count == 1
+    for id in ("a", *(f"f{number}" for number in range(15))):
+        answer = ask(engine, "go on", id, max_tokens=30)
+        expected = expected or answer.token_ids
+        assert (answer.token_ids, answer.usage.rebuild_reason) == (expected, None)
+    close(engine)
+
+
+def test_the_budget_of_snapshots_holds(make: Make, tmp_path: Path) -> None:
+    engine = make(stored_budget=3 * SLOT)
+    ids = [f"s{number}" for number in range(8)]
+    for id in ids:
+        create(engine, id)
+        ask(engine, PROMPT, id)
+        saved(engine, id)
+        assert sum(path.stat().st_size for path in snapshots(tmp_path)) <= 3 * SLOT
+    close(engine)
+    other = make(stored_budget=3 * SLOT)
+    reasons = [ask(other, "go on", id).usage.rebuild_reason for id in reversed(ids)]
+    assert reasons[:2] == [None, None]
+    assert set(reasons[4:]) == {RebuildReason.RESTARTED}
+    close(other)
+
+
+def test_idle_durability_waits(make: Make, tmp_path: Path) -> None:
+    engine = make(durability="idle", snapshot_delay=60)
+    create(engine, "a", POLICY)
+    assert ask(engine, PROMPT, "a").usage.durable
+    for _ in range(20):
+        engine._loop.post(lambda: None)
+        step(engine)
+    assert not snapshots(tmp_path)
+    close(engine)
+    assert len(snapshots(tmp_path)) == 1
+
+
+def test_a_store_that_is_full_stops_nobody(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make()
+    create(engine, "a", POLICY)
+
+    def refuse(*_: object) -> None:
+        raise StoreError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archive(engine).shelf._store, "write", refuse)
+        for _ in range(100):
+            ask(engine, "more", "a", max_tokens=2)
+            if archive(engine).degraded:
+                break
+        assert engine.capacity().store_degraded
+        ask(engine, "and more", "a")
+    saved(engine, "a")
+    for _ in range(100):
+        if not engine.capacity().store_degraded:
+            break
+        threading.Event().wait(0.02)
+    assert not engine.capacity().store_degraded
+    close(engine)
+
+
+def test_the_last_used_are_brought_back_before_anybody_asks(
+    make_engine: MakeEngine, make: Make, tmp_path: Path
+) -> None:
+    engine = make()
+    for number in range(3):
+        create(engine, f"s{number}", POLICY)
+        ask(engine, PROMPT, f"s{number}")
+    close(engine)
+    other = make_engine(state_dir=tmp_path / "state")
+    for _ in range(200):
+        if other.capacity().resident_sessions == 3:
+            break
+        threading.Event().wait(0.02)
+    assert other.capacity().resident_sessions == 3
+
+
+def test_what_a_checkpoint_lacks_is_computed_and_told(make: Make) -> None:
+    engine = make(checkpoints=9)
+    create(engine, "a", POLICY)
+    ask(engine, PROMPT, "a")
+    saved(engine, "a")
+    archive(engine)._delay = 60
+    ask(engine, PROMPT, "a")
+    archive(engine)._delay = 0
+    ask(engine, PROMPT, "a")
+    saved(engine, "a")
+    engine.keeper.rewind("default", "a", 2)
+    step(engine)
+    usage = ask(engine, "go on", "a").usage
+    assert usage.rebuild_reason is RebuildReason.REWOUND
+    assert 100 < usage.cached_tokens < 200
+    close(engine)
+
+
+def test_a_store_that_hangs_is_told(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apiary_server.sessions.archive._PATIENCE", 0.1)
+    engine, go_on = make(), threading.Event()
+    create(engine, "a", POLICY)
+    write = archive(engine).shelf._store.write
+
+    def hang(*arguments: Any) -> None:
+        go_on.wait(20)
+        write(*arguments)
+
+    monkeypatch.setattr(archive(engine).shelf._store, "write", hang)
+    for _ in range(100):
+        ask(engine, "more", "a", max_tokens=2)
+        if engine.capacity().store_degraded:
+            break
+    assert engine.capacity().store_degraded
+    assert not archive(engine).hurry(session(engine, "a"))
+    go_on.set()
+    saved(engine, "a")
+    assert not engine.capacity().store_degraded
+    close(engine)
+
+
+def test_nobody_who_asks_waits_for_them(make: Make) -> None:
+    engine = make()
+    for id in ("a", "b", "c"):
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    close(engine)
+    other, busy = make(), True
+    other._restorer.start(lambda: busy)
+    states = lambda: {id: other.sessions.get("default", id).state for id in "abc"}  # noqa: E731
+    usage = ask(other, "go on", "b").usage
+    assert usage.rebuild_reason is None
+    for _ in range(20):
+        other._loop.post(lambda: None)
+        step(other)
+        threading.Event().wait(0.005)
+    assert states() == {"a": State.STORED, "b": State.RESIDENT, "c": State.STORED}
+    busy = False
+    for _ in range(400):
+        other._loop.post(lambda: None)
+        step(other)
+        if set(states().values()) == {State.RESIDENT}:
+            break
+        threading.Event().wait(0.005)
+    assert set(states().values()) == {State.RESIDENT}
+    close(other)
+
+
+def test_none_has_to_leave_for_them(make: Make) -> None:
+    engine = make()
+    ids = [f"s{number}" for number in range(5)]
+    for id in ids:
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    close(engine)
+    other = make(cache_budget=WORKSPACE + 4 * SLOT)  # one is the reserve
+    other._restorer.start(lambda: False)
+    for _ in range(60):
+        other._loop.post(lambda: None)
+        step(other)
+        threading.Event().wait(0.005)
+    states = [other.sessions.get("default", id).state for id in ids]
+    assert states == [State.STORED, State.STORED, *3 * [State.RESIDENT]]
+    assert not other._loop.residency.moves["stored"]
+    close(other)
