@@ -7,10 +7,11 @@ of the time from them.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 
@@ -156,20 +157,21 @@ class Archive:
     def _run(self) -> None:
         while True:
             with self._changed:
+                if self._deadline is not None:
+                    left = [session for session, _ in self._dirty.values()]
+                    break
                 session = self._next()
                 if session is None:
-                    if self._deadline is not None:
-                        break
-                    self._changed.wait(_LOOK if self._dirty else None)
+                    self._changed.wait(_LOOK if self._dirty or self._failed else None)
             self._work(session)
+        for session in left:
+            if time.monotonic() < self._deadline:
+                self._work(session)
         self._work(None)
 
     def _next(self) -> Session | None:
         """Which session's cache is copied now."""
         now = time.monotonic()
-        if self._deadline is not None:
-            over = now >= self._deadline or self.degraded
-            return None if over else next((session for session, _ in self._dirty.values()), None)
         if self._urgent:
             return self._urgent.pop(next(iter(self._urgent)))
         if now < self._rest_until and (self.degraded or self._busy()):
@@ -183,9 +185,12 @@ class Archive:
         began = time.thread_time()  # of the processor: waiting for a step or a disk takes nothing from turns
         tidied = False
         try:
-            tidied = self.shelf.tidy()
+            with self._writing():
+                tidied = self.shelf.tidy()
             if session is not None:
                 self._save(session)
+                with self._writing():
+                    self.shelf.tidy()
         except Exception as error:
             if not isinstance(error, StoreError):
                 _log.exception("a fault of ours in a snapshot")
@@ -197,8 +202,6 @@ class Archive:
                 if session is not None and id(session) in self._dirty:
                     self._dirty.move_to_end(id(session))  # others may have better luck
             return
-        finally:
-            self._writing_since = None
         if session is None and not tidied:
             return
         if self._failed:
@@ -215,13 +218,21 @@ class Archive:
             done = True
         else:
             parts = encode(image, self._origin)
-            self._writing_since = time.monotonic()
-            self.saved += self.shelf.put(session, image.epoch, image.turns, parts)
+            with self._writing():
+                self.saved += self.shelf.put(session, image.epoch, image.turns, parts)
             done = True
         if done:
             with self._changed:
                 if self._dirty.get(id(session)) is changed:
                     self._dirty.pop(id(session), None)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._writing_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._writing_since = None
 
     def _image(self, session: Session) -> Image | None:
         """A copy of the session's cache, made by the thread that owns it."""

@@ -90,7 +90,7 @@ class Shelf:
 
     def put(self, session: Session, epoch: int, turns: int, parts: Sequence[bytes]) -> bool:
         """Keep the snapshot that was made of a session in an epoch of its; False if it is larger than the
-        budget, or of no use any more.
+        budget, or of no use any more. What it replaces is there until the next `tidy`.
 
         Raises:
             StoreError: it could not be written.
@@ -119,7 +119,6 @@ class Shelf:
                 self._drop(key, lambda turns: turns not in kept)
             else:
                 self._doomed.append(_name(key, turns))
-        self.tidy()
         return useful
 
     def forget(self, session: Session, beyond: int = 0) -> None:
