@@ -512,6 +512,7 @@ class Usage(_message.Message):
         REBUILD_REASON_UNSPECIFIED: Usage._RebuildReason.ValueType  # 0
         """It was not."""
         REBUILD_REASON_SNAPSHOT_CORRUPT: Usage._RebuildReason.ValueType  # 1
+        """Its snapshot is damaged, or could not be read."""
         REBUILD_REASON_MODEL_CHANGED: Usage._RebuildReason.ValueType  # 2
         REBUILD_REASON_POLICY_CHANGED: Usage._RebuildReason.ValueType  # 3
         REBUILD_REASON_REWOUND: Usage._RebuildReason.ValueType  # 4
@@ -526,6 +527,7 @@ class Usage(_message.Message):
     REBUILD_REASON_UNSPECIFIED: Usage.RebuildReason.ValueType  # 0
     """It was not."""
     REBUILD_REASON_SNAPSHOT_CORRUPT: Usage.RebuildReason.ValueType  # 1
+    """Its snapshot is damaged, or could not be read."""
     REBUILD_REASON_MODEL_CHANGED: Usage.RebuildReason.ValueType  # 2
     REBUILD_REASON_POLICY_CHANGED: Usage.RebuildReason.ValueType  # 3
     REBUILD_REASON_REWOUND: Usage.RebuildReason.ValueType  # 4

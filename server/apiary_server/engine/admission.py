@@ -48,6 +48,11 @@ class _Opening:
         except BaseException as error:
             self.queued.set_exception(error)
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for the turn: the reader has gone, and cannot come back for it."""
+        return self.stream.closed and self.request.request_id is None
+
     def done(self) -> None:
         """The place is no longer needed, and the caller need not wait."""
         self.place.release()
@@ -158,10 +163,13 @@ class Admission:
             brought.add_done_callback(
                 lambda _: self._go_on(opening, lambda: self._admit(opening, session, brought))
             )
+            opening.stream.on_close(lambda: self._leave(opening, brought))
 
     def _admit(self, opening: _Opening, session: Session, brought: Future[None]) -> None:
         """Queue a turn whose session has its cache, or has to have it computed anew."""
         try:
+            if opening.abandoned:
+                raise errors.Cancelled("cancelled by the caller")
             brought.result()
         except BaseException:
             self._sessions.end_turn(session)
@@ -169,6 +177,12 @@ class Admission:
         turn = self._door.admit(opening.request, opening.stream, session)
         self._loop.post(lambda: self._arrive(opening, turn))
         opening.queued.set_result(None)
+
+    def _leave(self, opening: _Opening, brought: Future[None]) -> None:
+        """The reader has gone while the session's cache is brought."""
+        if opening.abandoned:
+            brought.cancel()  # if that has not begun
+            opening.place.release()
 
     def _replay(self, opening: _Opening, answer: Answer) -> None:
         whole = self._door.replay(opening.request, answer)

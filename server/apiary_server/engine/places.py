@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -11,13 +12,12 @@ class Place:
     """The right to one place, until `release` (which may be called twice)."""
 
     def __init__(self, release: Callable[[], None]) -> None:
-        self._release: Callable[[], None] | None = release
+        self._releases = [release]
 
     def release(self) -> None:
-        """The turn is in the queue, or will never be."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
+        """The turn is in the queue, or will never be. From any thread."""
+        with contextlib.suppress(IndexError):  # a pop is atomic: only one of two gets it
+            self._releases.pop()()
 
 
 class Places:

@@ -116,7 +116,8 @@ class Porter:
             self._restorer.place(session, found, why).result(_PATIENCE)
         except BaseException:
             with contextlib.suppress(SessionNotFound):
-                self._keeper.delete(tenant, id)
+                if not session.deleted:  # else it may be another that has its name now
+                    self._keeper.delete(tenant, id)
             raise
         finally:
             self._sessions.end_turn(session)

@@ -20,8 +20,9 @@ from apiary_server.sessions.restored import Restored
 from apiary_server.sessions.session import Session
 
 _T = TypeVar("_T")
+_Found = tuple[Restored | None, RebuildReason | None]
 _log = structlog.get_logger(__name__)
-_PATIENCE = 5.0  # seconds for which a cache waits for room
+_PATIENCE = 5.0  # seconds for which a cache waits for room, and a read may take
 _LOOK = 0.005  # seconds between looks whether there is, and whether turns run
 
 
@@ -40,6 +41,7 @@ class Restorer:
         self._sessions = sessions
         self._loop = loop
         self._ended = threading.Event()
+        self._hung: Future[_Found] | None = None  # a read that took too long
         self._thread = ThreadPoolExecutor(1, "restorer")
 
     def start(self, busy: Callable[[], bool]) -> None:
@@ -91,7 +93,19 @@ class Restorer:
         if self._ended.is_set():
             raise _draining()
         with contextlib.suppress(BudgetExhausted):  # then its turn waits for room, and computes it anew
-            self._place(session, *archive.read(session))
+            self._place(session, *self._read(archive, session))
+
+    def _read(self, archive: Archive, session: Session) -> _Found:
+        """What the store has of a session's cache. A store that hangs is asked nothing until it answers."""
+        if self._hung is None or self._hung.done():
+            reading: Future[_Found] = Future()
+            _begin(lambda: archive.read(session), reading)
+            try:
+                return reading.result(_PATIENCE)
+            except TimeoutError:
+                self._hung = reading
+                _log.error("the store hangs: caches are computed anew", session=session.id)
+        return None, RebuildReason.SNAPSHOT_CORRUPT
 
     def _place(self, session: Session, found: Restored | None, why: RebuildReason | None) -> None:
         until = time.monotonic() + _PATIENCE
@@ -116,7 +130,7 @@ class Restorer:
         if not self._sessions.begin_unheard(session):
             return True
         try:
-            found, why = archive.read(session)
+            found, why = self._read(archive, session)
             return self._on_engine(lambda: self._has_room(session) and self._take_in(session, found, why))
         except Exception:
             if not self._ended.is_set():
@@ -128,14 +142,7 @@ class Restorer:
     def _on_engine(self, work: Callable[[], _T]) -> _T:
         """Have something done on the engine thread, and wait for it."""
         done: Future[_T] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(work())
-            except BaseException as error:
-                done.set_exception(error)
-
-        self._loop.post(run)
+        self._loop.post(lambda: _do(work, done))
         while True:
             with contextlib.suppress(TimeoutError):
                 return done.result(1.0)
@@ -154,6 +161,18 @@ class Restorer:
 
     def _has_room(self, session: Session) -> bool:
         return self._loop.residency.has_room(session.layout)
+
+
+def _do(work: Callable[[], _T], done: Future[_T]) -> None:
+    try:
+        done.set_result(work())
+    except BaseException as error:
+        done.set_exception(error)
+
+
+def _begin(work: Callable[[], _T], done: Future[_T]) -> None:
+    """Do something in a thread that nobody has to wait for, not even the end of the process."""
+    threading.Thread(target=_do, args=(work, done), name="read", daemon=True).start()
 
 
 def _draining() -> Draining:

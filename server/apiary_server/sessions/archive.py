@@ -258,7 +258,9 @@ class Archive:
     def _read(self, session: Session, turns: int) -> Restored:
         data = self.shelf.get(session, turns, session.layout.bytes + _HEAD)
         if data is None:
-            raise SnapshotRefused("it is gone", RebuildReason.SNAPSHOT_CORRUPT)
+            evicted = turns not in self.shelf.turns(session)  # just now
+            reason = RebuildReason.SNAPSHOT_EVICTED if evicted else RebuildReason.SNAPSHOT_CORRUPT
+            raise SnapshotRefused("it is gone", reason)
         manifest, tensors = decode(data, self._origin)
         self._origin.check(manifest)
         return restore(session, turns, manifest, tensors, self._rotary)

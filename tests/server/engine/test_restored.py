@@ -491,6 +491,74 @@ def test_a_store_that_hangs_is_told(make: Make, monkeypatch: pytest.MonkeyPatch)
     close(engine)
 
 
+def hang_reads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Have the store hang when it is read, until the event."""
+    go_on, read = threading.Event(), archive(engine).shelf._store.read
+
+    def hang(name: str, most: int) -> bytes | None:
+        go_on.wait(20)
+        return read(name, most)
+
+    monkeypatch.setattr(archive(engine).shelf._store, "read", hang)
+    return go_on
+
+
+def test_a_store_that_hangs_when_it_is_read_holds_nobody_up(
+    make: Make, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apiary_server.engine.restorer._PATIENCE", 0.3)
+    calm, engine = make_engine(start=False), make()
+    for id in ("a", "b", "c"):
+        for each in (calm, engine):
+            create(each, id, POLICY)
+            ask(each, PROMPT, id)
+    close(engine)
+    other = make()
+    go_on = hang_reads(other, monkeypatch)
+    for id in ("a", "b"):
+        answer = ask(other, "go on", id)
+        assert answer.token_ids == ask(calm, "go on", id).token_ids
+        assert answer.usage.rebuild_reason is RebuildReason.SNAPSHOT_CORRUPT
+    hung = other._restorer._hung
+    assert hung is not None
+    assert not hung.done(), "the second asked nothing"
+    go_on.set()
+    hung.result(10)
+    answer = ask(other, "go on", "c")
+    assert answer.usage.rebuild_reason is None
+    assert answer.token_ids == ask(calm, "go on", "c").token_ids
+    assert ask(other, "and on", "a").token_ids == ask(calm, "and on", "a").token_ids, "nothing came in late"
+    close(other)
+
+
+def test_who_leaves_while_the_cache_is_brought_leaves_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    for id in ("a", "b"):
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    close(engine)
+    other = make()
+    go_on = hang_reads(other, monkeypatch)
+    left = [begin(other, request("go on", session=id)) for id in ("a", "b")]
+    assert len(other._admission) == 2
+    for stream in left:
+        stream.close()
+    assert len(other._admission) == 0, "their places are free, though one read goes on"
+    go_on.set()
+    for id in ("a", "b"):
+        for _ in range(400):
+            if not session(other, id).busy:
+                break
+            other._loop.post(lambda: None)
+            step(other)
+            threading.Event().wait(0.005)
+        answer = ask(other, "go on", id)
+        assert (answer.usage.rebuild_reason, other.sessions.get("default", id).turn_count) == (None, 2)
+    close(other)
+
+
 def test_nobody_who_asks_waits_for_them(make: Make) -> None:
     engine = make()
     for id in ("a", "b", "c"):
