@@ -10,7 +10,7 @@ from torch import Tensor
 
 from buzz.attention import Record
 from buzz.buffers import Buffers
-from buzz.compaction import compact
+from buzz.compaction import compact, due
 from buzz.moving import Move
 from buzz.policy import Compaction, Policy, View
 from buzz.rotary import Rotary
@@ -111,12 +111,12 @@ class Cache:
     @property
     def due(self) -> bool:
         """Whether the segment's end would compact."""
-        return self.policy.due(self.n, self.sampled)
+        return due(self.policy, self.n, self.sampled)
 
     def settles(self, count: int = 0) -> bool:
         """Whether the segment's end, after `count` more tokens, would compact or quantise."""
         n, packed = self.n + count, self._packed_for(count)
-        return self.policy.due(n, self.sampled) or self.policy.quantised(n, packed) > packed
+        return due(self.policy, n, self.sampled) or self.policy.quantised(n, packed) > packed
 
     def makes_room(self, count: int) -> bool:
         """Whether a segment of `count` tokens would first quantise entries, since it would not fit."""

@@ -1,4 +1,4 @@
-"""Applying a policy's rule until it is content."""
+"""Applying a policy's rule, to all but the pinned entries, until it is content."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from torch import Tensor
 
 from buzz.merging import goals
 from buzz.policy import Compaction, Policy, View
+from buzz.regions import Kind, Region
+
+
+def due(policy: Policy, n: int, sampled: int) -> bool:
+    """Whether a cache of `n` entries, `sampled` of them sampled already, must be compacted."""
+    return n > policy.pins and policy.rule.due(n - policy.pins, sampled)
+
+
+def regions(policy: Policy, n: int, sampled: int, seen: int) -> tuple[Region, ...]:
+    """Why the entries of a cache at rest are there: the pinned ones, and `Policy.regions` of the others."""
+    pins = min(policy.pins, n)
+    if not pins:
+        return policy.regions(n, sampled, seen)
+    others = policy.rule.regions(n - pins, sampled, seen - pins)
+    moved = (Region(each.kind, each.start + pins, each.stop + pins) for each in others)
+    return Region(Kind.PINNED, 0, pins), *moved
 
 
 def compact(policy: Policy, view: View) -> Compaction:
@@ -22,9 +38,12 @@ def compact(policy: Policy, view: View) -> Compaction:
     Raises:
         RuntimeError: the policy is not as `Policy.compact` asks for, or would never be content.
     """
+    pins, rule = min(policy.pins, view.n), policy.rule
+    if pins:
+        return _beside(view, pins, compact(rule, _beyond(view, pins)))
     first, keep, merge = view, view.span(0, view.n), None
-    while policy.due(view.n, view.sampled):
-        step = policy.compact(view)
+    while rule.due(view.n, view.sampled):
+        step = rule.compact(view)
         if wrong := _wrong(view, step) or _astray(view, step):
             raise RuntimeError(f"policy {policy} at {view.n} entries: {wrong}")
         index = step.index
@@ -35,8 +54,27 @@ def compact(policy: Policy, view: View) -> Compaction:
         keep = keep.gather(-1, index)
         state = {name: step.state.get(name, old.gather(-1, index)) for name, old in view.state.items()}
         norm = None if view.value_norm is None else view.value_norm.gather(-1, index)
-        view = View(step.sampled, view.seen, view.position.gather(-1, index), state, norm)
+        view = View(step.sampled, view.seen, view.position.gather(-1, index), state, norm, view.pinned)
     return Compaction(keep, view.sampled, view.state, merge)
+
+
+def _beyond(view: View, pins: int) -> View:
+    """What is not pinned."""
+    state = {name: old[..., pins:] for name, old in view.state.items()}
+    norm = None if view.value_norm is None else view.value_norm[..., pins:]
+    return View(view.sampled, view.seen, view.position[..., pins:], state, norm, pins)
+
+
+def _beside(view: View, pins: int, outcome: Compaction) -> Compaction:
+    """What is left of a view: the pinned entries as they are, and the outcome for the others."""
+    first, merge = view.span(0, pins), outcome.merge
+    if merge is not None:
+        merge = torch.cat([first, torch.where(merge < 0, merge, merge + pins)], dim=-1)
+    state = {
+        name: torch.cat([view.state[name][..., :pins], new], dim=-1) for name, new in outcome.state.items()
+    }
+    index = torch.cat([first, outcome.index + pins], dim=-1)
+    return Compaction(index, outcome.sampled, state, merge)
 
 
 def _wrong(view: View, step: Compaction) -> str | None:

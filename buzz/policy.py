@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import types
 from abc import ABC, abstractmethod
@@ -77,6 +78,7 @@ class View:
         state: by name, `[..., kv_heads, n]`: what the policy declared in `states`.
         value_norm: `[..., kv_heads, n]`, at least float32: Euclidean norms of the values, if the policy
             `weighs_values`.
+        pinned: how many entries lie before these.
     """
 
     sampled: int
@@ -84,6 +86,12 @@ class View:
     position: Tensor
     state: Mapping[str, Tensor]
     value_norm: Tensor | None = None
+    pinned: int = 0
+
+    @property
+    def evicted(self) -> int:
+        """How many entries of each layer and head are gone."""
+        return self.seen - self.pinned - self.n
 
     @property
     def n(self) -> int:
@@ -130,6 +138,10 @@ class Policy(ABC):
             as long as the trained length, then changes over once.
         kivi: where set, entries are quantised to so many bits, 2 or 4, once they are no longer among the
             most recent (see `buzz.quant`).
+        pinned: how many of the first tokens never leave, whatever the rule; they take their places from the
+            bound, and the rule has the others, its `sizes` in proportion. `system` means what a session
+            opens with before its user says anything, that is the system prompt, and pins nothing until
+            `pinning` is told how long that is.
         residual: with `kivi`, how many of the most recent entries are left as they are, at least: they are
             quantised 32 at a time, so the bound must have room for that many more. A segment of several
             tokens may go down to half as many where it would not fit its memory otherwise.
@@ -143,6 +155,7 @@ class Policy(ABC):
     positions: Positions = "in_cache"
     kivi: int | None = None
     residual: int = 128
+    pinned: int | Literal["system"] = 0
 
     name: ClassVar[str]
     sizes: ClassVar[tuple[str, ...]] = ()
@@ -160,6 +173,7 @@ class Policy(ABC):
         self.validate()
         self._check_states()
         self._check_kivi()
+        self._check_pinned()
 
     def validate(self) -> None:  # noqa: B027  # most have nothing to refuse
         """Refuse settings that make no sense; called when a policy is made, after its types and bound were
@@ -194,9 +208,23 @@ class Policy(ABC):
         """Where set, attention logits are multiplied by `max(1, log(n) / log(log_n))`, n keys in view."""
         return None
 
+    @functools.cached_property
+    def pins(self) -> int:
+        """How many of the first entries are pinned."""
+        return 0 if self.pinned == "system" or not self.evicts else self.pinned
+
+    @functools.cached_property
+    def rule(self) -> Self:
+        """This policy for the entries that are not pinned, at the bound that the pinned ones leave."""
+        if not self.pins:
+            return self
+        alone: Self = dataclasses.replace(self, pinned=0, kivi=None, residual=Policy.residual)
+        return alone.sized(self.bound - self.pins)
+
     @abstractmethod
     def due(self, n: int, sampled: int) -> bool:
-        """Whether a cache of `n` entries, `sampled` of them sampled already, must be compacted."""
+        """Whether a cache of `n` entries, `sampled` of them sampled already, must be compacted. Here and in
+        the next two no entry is pinned: `buzz.compaction` asks the `rule`, of the others."""
 
     @abstractmethod
     def compact(self, view: View) -> Compaction:
@@ -218,6 +246,14 @@ class Policy(ABC):
         if self.kivi is None or n - packed < self.residual + BLOCK:
             return packed
         return n - self.residual
+
+    def pinning(self, system: int) -> Self:
+        """This policy in a session that opens with so many tokens of a system prompt.
+
+        Raises:
+            PolicyError: the bound has no room for them.
+        """
+        return dataclasses.replace(self, pinned=system) if self.pinned == "system" else self
 
     def sized(self, bound: int) -> Self:
         """This policy at another bound: its `sizes` in proportion, all else as it is. With `kivi`, a bound
@@ -306,6 +342,20 @@ class Policy(ABC):
                 f"quantised beside a residual of {self.residual}, and a bound of {self.bound} never holds so "
                 f"many; choose {smaller}a bound of {self.residual + BLOCK} or more"
             )
+
+    def _check_pinned(self) -> None:
+        if not self.pinned or self.bound is None:
+            return
+        left = self.bound - self.pins
+        try:
+            if left < 1:
+                raise PolicyError("nothing is left")
+            self.rule  # noqa: B018  # it is made, and kept
+        except PolicyError as error:
+            raise PolicyError(
+                f"{self.name}: pinned={self.pins} leaves {max(left, 0)} of a bound of {self.bound} for other "
+                f"entries ({error}); pin less, or choose a larger bound"
+            ) from error
 
     def _scaled(self, bound: int) -> dict[str, int]:
         """The settings that make the bound `bound`; policies override it whose sizes do not just add up."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class Kind(enum.Enum):
     """Why an entry is there."""
 
+    PINNED = "pinned"
+    """Among the first, which somebody asked to keep."""
     SINK = "sink"
     """Among the first, which always stay."""
     SAMPLED = "sampled"

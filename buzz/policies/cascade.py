@@ -68,7 +68,7 @@ class Cascade(Blockwise):
         """Evict from buffer 0, and pass on from buffer to buffer: `rest` entries stay."""
         start = self.bound - self.size  # of buffer 0
         end = view.n - (self.rest - start)
-        offers, before = view.span(start, end), view.seen - view.n  # and offers made earlier
+        offers, before = view.span(start, end), view.evicted  # and offers made earlier
         kept = [view.span(end, view.n)]
         for i in range(1, self.cascades):
             held = view.span(start - i * self.size, start - (i - 1) * self.size)

@@ -24,7 +24,7 @@ class EntryKind(enum.StrEnum):
     WINDOW = "window"
     """Among the most recent, which always stay."""
     PINNED = "pinned"
-    """Kept because somebody asked for it."""
+    """Among the first, which the policy was asked to keep."""
     UNKNOWN = "unknown"
     """A kind that is newer than this client."""
 

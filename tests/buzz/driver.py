@@ -168,7 +168,7 @@ class Driver:
     def oracle(self) -> naive.Session:
         shape = self.shape
         own = {
-            field.name: getattr(self.policy, field.name)
+            field.name: getattr(self.policy.rule, field.name)
             for field in dataclasses.fields(self.policy)
             if field.name not in Policy.__dataclass_fields__
         }
@@ -181,6 +181,7 @@ class Driver:
             shape.group,
             self.rotary.inv_freq.double().tolist(),
             shape.max_positions,
+            self.policy.pins,
             self.policy.kivi,
             self.policy.residual,
         )

@@ -20,13 +20,14 @@ class Session:
     """Heads of [layer][kv_head], and what design section 2 says happens to them."""
 
     rule: str
-    settings: Settings  # all that are the policy's own
+    settings: Settings  # all that are the policy's own; of the bound that the pinned entries leave
     original: bool
     layers: int
     kv_heads: int
     group: int
     inv_freq: list[float]
     max_positions: int
+    pinned: int = 0  # entries that the rule never sees
     bits: int | None = None
     residual: int = 0
     heads: list[list[Head]] = field(init=False)
@@ -122,7 +123,9 @@ class Session:
         before = self.n
         for layer in self.heads:
             for head in layer:
+                pinned, head.entries = head.entries[: self.pinned], head.entries[self.pinned :]
                 RULES[self.rule](head, self.seen, **self.settings)
+                head.entries = pinned + head.entries
         for layer, quantised in zip(self.heads, self.quantised, strict=True):
             for head, kivi in zip(layer, quantised, strict=False):  # none, where nothing is quantised
                 kivi.end(head, before - len(head.entries))

@@ -38,6 +38,10 @@ SMALL = {
 }
 POSITIONS = ("in_cache", "original")
 QUANT = ("none", "kivi=4,residual=3", "kivi=2,residual=3")
+PINNED = {
+    "full": ",kivi=4,residual=3,pinned=5)",
+    "h2o": ",kivi=4,residual=3,pinned=5)",
+}  # the others: without kivi
 TRAINED = 160  # positions of the model: with `original`, sessions change over on the way
 
 matrix = pytest.mark.parametrize(
@@ -48,7 +52,8 @@ matrix = pytest.mark.parametrize(
         for spec in specs
         for positions in POSITIONS
         for quant in QUANT
-    ],
+    ]
+    + [parse(specs[0].replace(")", PINNED.get(name, ",pinned=5)"))) for name, specs in SMALL.items()],
     ids=str,
 )
 
@@ -93,6 +98,7 @@ def test_the_bound_holds_and_order_is_kept_at_every_rest(policy: Policy) -> None
         assert cache.n + cache.evicted == cache.seen
         assert (np.diff(positions, axis=-1) > 0).all()
         assert (positions[..., -1] == cache.seen - 1).all()
+        assert (positions[..., : policy.pins] == np.arange(cache.n)[: policy.pins]).all()
         most = cache.n if policy.kivi is None else policy.residual + BLOCK - 1
         assert cache.n - cache.packed <= most
     assert compactions > 2 or not policy.evicts

@@ -216,3 +216,26 @@ def test_entries_are_quantised_a_block_at_a_time_beside_the_residual() -> None:
     assert [policy.quantised(n, 0) for n in (9, 41, 42, 100)] == [0, 0, 32, 90]
     assert [policy.quantised(n, 32) for n in (42, 73, 74)] == [32, 32, 64]
     assert H2O().quantised(500, 0) == 0
+
+
+@pytest.mark.parametrize("policy", BOUNDED, ids=lambda policy: policy.name)
+def test_what_is_pinned_takes_its_places_from_the_bound(policy: Policy) -> None:
+    pinned = dataclasses.replace(policy, pinned=40)
+    assert (pinned.bound, pinned.pins, pinned.rule.bound) == (policy.bound, 40, policy.bound - 40)
+    assert pinned.rule == policy.sized(policy.bound - 40)
+    assert parse(str(pinned)) == pinned
+    with pytest.raises(PolicyError, match="pinned=564 leaves 0 of a bound of 564"):
+        dataclasses.replace(policy, pinned=policy.bound)
+
+
+def test_a_system_prompt_pins_nothing_until_it_is_known() -> None:
+    policy = parse("buzz2(pinned=system)")
+    assert (policy.pins, policy.rule) == (0, policy)
+    assert policy.pinning(30) == parse("buzz2(pinned=30)")
+    assert policy.pinning(0) == parse("buzz2")
+    assert policy.pinning(30).pinning(5).pins == 30
+
+
+def test_who_evicts_nothing_has_nothing_to_pin() -> None:
+    policy = parse("full(bound=100,pinned=200)")
+    assert (policy.pins, policy.rule) == (0, policy)

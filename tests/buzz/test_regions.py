@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buzz import Buzz2, Compaction, Kind, Policy, Region, View
+from buzz.compaction import regions
 from buzz.regions import in_order
 from tests.buzz.strategies import policies
 
@@ -34,6 +35,13 @@ def test_all_entries_have_a_kind_whatever_the_counts(
 def test_what_stays_for_its_importance_alone_is_heavy() -> None:
     policy = Buzz2(sink=1, window=2, hot=5, cells=0, block=1)
     assert {each.kind for each in policy.regions(8, 0, 99)} == {Kind.SINK, Kind.HEAVY, Kind.WINDOW}
+
+
+def test_what_is_pinned_comes_first() -> None:
+    policy = Buzz2(sink=1, window=3, hot=3, cells=3, block=1, pinned=2)  # the rule has 2, 2 and 3
+    kinds = [(each.kind, each.start, each.stop) for each in regions(policy, 10, 0, 99)]
+    assert kinds == [(Kind.PINNED, 0, 2), (Kind.SINK, 2, 3), (Kind.CELL, 3, 8), (Kind.WINDOW, 8, 10)]
+    assert regions(policy, 1, 0, 1) == (Region(Kind.PINNED, 0, 1),)
 
 
 def test_a_policy_that_does_not_say_has_a_middle() -> None:

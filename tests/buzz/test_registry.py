@@ -64,7 +64,10 @@ def test_specifications(spec: str, policy: Policy) -> None:
         ("__import__", "is not a policy"),
         ("ｂuzz", "is not a policy"),
         ("lru", "unknown policy 'lru'; known are buzz, buzz2, cascade, corm, elastic, full"),
-        ("buzz(heavy=3)", "buzz: unknown setting 'heavy'; settings are positions, kivi, residual, sink,"),
+        (
+            "buzz(heavy=3)",
+            "buzz: unknown setting 'heavy'; settings are positions, kivi, residual, pinned, sink,",
+        ),
         ("buzz(name=x)", "unknown setting 'name'"),
         ("buzz(300)", "'300' is not setting=value"),
         ("buzz(window=300,)", "'' is not setting=value"),

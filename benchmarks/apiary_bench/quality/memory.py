@@ -11,7 +11,7 @@ import torch
 
 from apiary_server.sessions.pool import Geometry
 from buzz import Buffers, Policy, View
-from buzz.compaction import compact
+from buzz.compaction import compact, due
 
 _STATE_BYTES = 4
 
@@ -109,7 +109,7 @@ def counts(policy: Policy, trace: Trace) -> Iterator[tuple[int, int]]:
         position = torch.cat([position, fresh[None]], dim=-1)
         seen += segment.tokens
         before = position.shape[-1]
-        if policy.due(before, sampled):
+        if due(policy, before, sampled):
             zeros = {state.name: torch.zeros(position.shape, dtype=state.dtype) for state in policy.states}
             outcome = compact(policy, View(sampled, seen, position, zeros, torch.zeros(position.shape)))
             position = position.gather(-1, outcome.index)

@@ -47,7 +47,8 @@ Name: TypeAlias = Annotated[
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 Policy: TypeAlias = Annotated[
-    str | None, typer.Option(metavar="SPEC", help="Cache policy, e.g. 'buzz(window=300)'.")
+    str | None,
+    typer.Option(metavar="SPEC", help="Cache policy, e.g. 'buzz(window=300)' or 'buzz2(pinned=system)'."),
 ]
 System: TypeAlias = Annotated[str | None, typer.Option(help="System message before the first turn.")]
 MaxTokens: TypeAlias = Annotated[int | None, typer.Option(min=1, help="Most tokens in an answer.")]

@@ -72,7 +72,7 @@ def show(
 @app.command(
     epilog=console.examples(
         "apiary sessions update work --ttl 604800 --label team=bees",
-        "apiary sessions update work --policy 'buzz2(kivi=4)'",
+        "apiary sessions update work --policy 'buzz2(kivi=4,pinned=40)'",
     )
 )
 def update(

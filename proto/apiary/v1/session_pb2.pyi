@@ -95,7 +95,10 @@ class Session(_message.Message):
     name: _builtins.str
     """`sessions/{id}`. Output only."""
     policy: _builtins.str
-    """Cache policy, e.g. `buzz(window=300,stride=3)`; default the server's."""
+    """Cache policy, e.g. `buzz(window=300,stride=3)`; default the server's. `pinned=40` keeps the first 40
+    tokens, whatever the policy; `pinned=system` keeps the system prompt, and is the number of its tokens
+    after the first turn.
+    """
     state: Global___Session.State.ValueType
     """Where the cache lies. Output only."""
     turn_count: _builtins.int
@@ -470,7 +473,7 @@ class CacheMap(_message.Message):
         KIND_WINDOW: CacheMap._Kind.ValueType  # 6
         """Among the most recent, which always stay."""
         KIND_PINNED: CacheMap._Kind.ValueType  # 7
-        """Kept because somebody asked for it. Reserved: no request can ask for that yet."""
+        """Among the first, which the policy was asked to keep: `pinned=40`, or `pinned=system`."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """Why an entry is kept."""
@@ -491,7 +494,7 @@ class CacheMap(_message.Message):
     KIND_WINDOW: CacheMap.Kind.ValueType  # 6
     """Among the most recent, which always stay."""
     KIND_PINNED: CacheMap.Kind.ValueType  # 7
-    """Kept because somebody asked for it. Reserved: no request can ask for that yet."""
+    """Among the first, which the policy was asked to keep: `pinned=40`, or `pinned=system`."""
 
     NAME_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int

@@ -16,6 +16,7 @@ from apiary_server.sessions.info import State
 from apiary_server.sessions.session import Session
 from buzz import Buffers, Policy, Region
 from buzz import Kind as Kind
+from buzz.compaction import regions as regions_of
 
 _Numbers: TypeAlias = NDArray[Any]
 
@@ -171,7 +172,7 @@ def draw(
     layers = request.layers or tuple(range(count))
     position = copy.position[list(layers)]
     score = None if copy.score is None else copy.score[list(layers)]
-    regions = copy.policy.regions(n, copy.sampled, copy.seen)
+    regions = regions_of(copy.policy, n, copy.sampled, copy.seen)
     lengths = np.array([region.stop - region.start for region in regions], np.int64)
     kind = np.repeat(np.array([_KINDS.index(region.kind) for region in regions], np.int64), lengths)
     columns, column_entries = _columns(copy.seen, request.column_count, position, kind)

@@ -18,7 +18,7 @@ from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.residency import Residency
 from apiary_server.sessions.session import Answer, Session
 from apiary_server.sessions.transaction import Transaction
-from buzz import Rotary
+from buzz import Policy, PolicyError, Rotary
 
 
 class Door:
@@ -143,6 +143,7 @@ class Door:
         if not 1 <= len(input) <= most:
             why = f"the input has {len(input)} tokens; a turn takes 1 to {most}"
             raise InvalidField([(_field(request), why)])
+        policy = session.policy if session.turns else self._pinning(session.policy, request, input)
         tokens = [*carried, *input]
         cache = session.cache  # once: a delete may take it away meanwhile
         entries = cache.n if cache is not None else 0
@@ -160,7 +161,7 @@ class Door:
         return Turn(
             request=request,
             session=session,
-            transaction=Transaction(session, self._residency, self._rotary),
+            transaction=Transaction(session, self._residency, self._rotary, policy),
             stream=stream,
             detokenizer=Detokenizer(self.tokenizer.backend, stopping.stop),
             tokens=tokens,
@@ -174,6 +175,18 @@ class Door:
             rebuild=session.rebuild,
             digest=request.digest if request.request_id is not None else "",
         )
+
+    def _pinning(self, policy: Policy, request: TurnRequest, input: Sequence[int]) -> Policy:
+        """A policy as it is from a session's first turn on."""
+        if policy.pinned != "system":
+            return policy
+        messages = request.input.messages if isinstance(request.input, Messages) else ()
+        try:
+            return policy.pinning(self.tokenizer.opening(messages, input) if messages else 0)
+        except PolicyError as error:
+            raise InvalidField(
+                [("messages.messages[0]", f"the system prompt is too long: {error}")]
+            ) from error
 
     def _check(self, request: TurnRequest) -> None:
         most, asked = self._model.max_tokens, request.stopping.max_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer as Backend
@@ -55,6 +56,25 @@ class Tokenizer:
             raise InvalidField([("messages", "this model has no chat template; send text or token_ids")])
         text = self._rendered(input.messages, first=first, open_reply=open_reply)
         return self._ids(text, "messages", special=False)
+
+    def opening(self, messages: Sequence[Message], ids: Sequence[int]) -> int:
+        """How many tokens of a session's first messages come before its user's words: the system prompt, and
+        what the template puts around it.
+
+        Args:
+            messages: they.
+            ids: their tokens.
+        """
+        system = list(itertools.takewhile(lambda message: message.role == "system", messages))
+        role = messages[len(system)].role if len(system) < len(messages) else "user"
+        mark = Message(role=role, content=_MARK)
+        opening, found, _ = self._rendered([*system, mark], first=True, open_reply=False).partition(_MARK)
+        if not found:
+            return 0
+        alone = self._ids(opening, "messages", special=False)
+        # where a token reaches into the user's words, that is no longer the prompt's
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, ids, strict=False))
+        return len(list(pairs))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens.

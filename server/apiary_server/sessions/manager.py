@@ -381,10 +381,14 @@ class SessionManager:
         """A policy (None: the default) that a session may change to, and its slots.
 
         Raises:
-            InvalidField: it is malformed, or larger than this worker can hold.
+            InvalidField: it is malformed, or larger than this worker can hold, or pins what opens a session
+                that has begun.
             ContextFull: it evicts nothing and does not hold the transcript.
         """
         chosen, layout = self._layout(policy)
+        if session.turns and chosen.pinned == "system":
+            why = "pinned=system is found out by a session's first turn: say how many tokens, as pinned=40"
+            raise InvalidField([("policy", why)])
         tokens = len(session.transcript)
         if not chosen.evicts and tokens > chosen.bound:
             raise ContextFull(

@@ -14,14 +14,24 @@ from __future__ import annotations
 from apiary_server.sessions.pool import Lease
 from apiary_server.sessions.residency import Residency
 from apiary_server.sessions.session import Session
-from buzz import Cache, Rotary
+from buzz import Cache, Policy, Rotary
 
 
 class Transaction:
-    """A running turn's cache. Not thread-safe: the engine thread owns it."""
+    """A running turn's cache. Not thread-safe: the engine thread owns it.
 
-    def __init__(self, session: Session, residency: Residency, rotary: Rotary) -> None:
+    Args:
+        session: whose.
+        residency: its memory.
+        rotary: the model's.
+        policy: of a cache that the turn creates; the session's once it is committed. None: that is it.
+    """
+
+    def __init__(
+        self, session: Session, residency: Residency, rotary: Rotary, policy: Policy | None = None
+    ) -> None:
         self._session = session
+        self._policy = policy or session.policy
         self._residency = residency
         self._rotary = rotary
         self._second: Lease | None = None
@@ -114,6 +124,7 @@ class Transaction:
         if self._in_second and self._session.lease is not None:
             self._session.lease.release()
             self._session.lease, self._second = self._second, None
+        self._session.policy = self.cache.policy
         self._close()
 
     def restart(self) -> None:
@@ -163,7 +174,7 @@ class Transaction:
         session = self._session
         if session.lease is not None:
             buffers = session.lease.buffers(session.policy.states)
-            session.cache = Cache(session.policy, self._rotary, buffers)
+            session.cache = Cache(self._policy, self._rotary, buffers)
 
     def _until_compaction(self, tokens: int) -> int:
         cache = self.cache

@@ -79,6 +79,26 @@ def test_turn_by_turn_equals_at_once(template: str, opened_by: int, turns: int) 
     assert turn_by_turn(served, chat) == at_once(served._tokenizer, chat)
 
 
+@pytest.mark.parametrize("template", [tiny.TEMPLATE, GEMMA])
+def test_an_opening_is_what_comes_before_the_user_s_words(template: str) -> None:
+    served = tokenizer(template)
+    for said in ("Hello!", "\n\n", "Be brief.", ""):
+        chat = messages([("system", "Be brief."), ("user", said)])
+        ids = served.encode(chat)
+        opening = served.backend.decode(ids[: served.opening(chat.messages, ids)], skip_special_tokens=False)
+        whole = served.backend.decode(ids, skip_special_tokens=False)
+        assert "Be brief." in opening
+        assert whole.startswith(opening)
+        assert opening.endswith("user\n")
+    alone = messages([("system", "Be brief.")])
+    ids = served.encode(alone)
+    opening = served.backend.decode(ids[: served.opening(alone.messages, ids)], skip_special_tokens=False)
+    assert "Be brief." in opening
+    bare = messages([("user", "Hello!")])
+    ids = served.encode(bare)
+    assert served.opening(bare.messages, ids) < len(ids)
+
+
 def test_turn_by_turn_where_roles_must_alternate() -> None:
     served = tokenizer(MISTRAL)
     chat = [[("user", "one")], [("user", " two ")], [("user", "three"), ("assistant", "four"), ("user", "5")]]

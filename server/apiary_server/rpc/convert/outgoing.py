@@ -46,6 +46,7 @@ _KINDS = {
     Kind.SAMPLED: spb.CacheMap.KIND_SAMPLED,
     Kind.CELL: spb.CacheMap.KIND_CELL,
     Kind.HEAVY: spb.CacheMap.KIND_HEAVY,
+    Kind.PINNED: spb.CacheMap.KIND_PINNED,
     Kind.MIDDLE: spb.CacheMap.KIND_MIDDLE,
     Kind.WINDOW: spb.CacheMap.KIND_WINDOW,
 }
