@@ -22,7 +22,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_engine(tiny_model: Path) -> Iterator[Callable[..., Engine]]:
     """Builds engines over the tiny model; `start=False` leaves stepping to the test."""
-    engines: list[Engine] = []
+    started: list[Engine] = []
+    by_hand: list[Engine] = []
 
     def make(*, start: bool = True, **settings: object) -> Engine:
         defaults: dict[str, object] = {
@@ -34,11 +35,14 @@ def make_engine(tiny_model: Path) -> Iterator[Callable[..., Engine]]:
             "threads": 1,  # tiny products gain nothing from more, and lose much on a busy machine
         }
         engine = build(Settings.load(**(defaults | settings)))
+        (started if start else by_hand).append(engine)
         if start:
             engine.start()
-            engines.append(engine)
         return engine
 
     yield make
-    for engine in engines:
+    for engine in started:
         engine.stop(grace=0)
+    for engine in by_hand:  # what waits for a step would wait for ever, and keep the process
+        for part in (engine._restorer, engine.porter, engine._admission):
+            part.close()

@@ -509,7 +509,9 @@ class CacheMap(_message.Message):
     name: _builtins.str
     """`sessions/{id}`."""
     state: Global___Session.State.ValueType
-    """Where the cache lies. There is none, and so no entry, if it is `STATE_EMPTY` or `STATE_STORED`."""
+    """Where the cache lies: what was stored was brought for this. There is none, and so no entry, if it is
+    `STATE_EMPTY`, or if it is `STATE_STORED` still and has to be computed anew.
+    """
     policy: _builtins.str
     """The session's cache policy."""
     entries: _builtins.int

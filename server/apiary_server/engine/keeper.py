@@ -15,7 +15,7 @@ from apiary_server.engine.cache_map import CacheCopy, copy_of
 from apiary_server.engine.loop import Loop
 from apiary_server.engine.restorer import Restorer
 from apiary_server.sessions.archive import Archive
-from apiary_server.sessions.info import RebuildReason, SessionInfo
+from apiary_server.sessions.info import RebuildReason, SessionInfo, State
 from apiary_server.sessions.manager import SessionManager, resource_name
 from apiary_server.sessions.request import SessionChange
 from apiary_server.sessions.residency import Residency
@@ -158,25 +158,32 @@ class Keeper:
         return done
 
     def look(self, tenant: str, id: str) -> Future[CacheCopy]:
-        """Copy what a session's cache keeps. No turn has to wait for that, and what is parked stays parked.
+        """Copy what a session's cache keeps. What is parked stays parked, and no turn has to wait; what is
+        stored is brought, as for a turn.
 
         Returns:
             It; or SessionBusy, if a turn is in flight, or SessionNotFound, if it is gone by then.
 
         Raises:
             SessionNotFound: unknown, expired or another tenant's.
+            SessionBusy: a turn of a session that is stored is in flight.
         """
-        self._sessions.get(tenant, id)
         copied: Future[CacheCopy] = Future()
+
+        def copy(session: Session) -> Callable[[], None]:
+            copy = copy_of(session, self._residency.look(session))
+            return lambda: copied.set_result(copy)
 
         def run() -> None:
             try:
-                session = self._sessions.idle(tenant, id)
-                copied.set_result(copy_of(session, self._residency.look(session)))
+                copy(self._sessions.idle(tenant, id))()
             except BaseException as error:
                 copied.set_exception(error)
 
-        self._loop.post(run)
+        if self._sessions.get(tenant, id).state is State.STORED:
+            self._between_turns(tenant, id, copy, copied, cache=True)
+        else:
+            self._loop.post(run)
         return copied
 
     def stored(self, session: Session) -> Future[SessionInfo]:

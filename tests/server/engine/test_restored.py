@@ -15,7 +15,7 @@ from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.info import RebuildReason, State
 from apiary_server.sessions.request import SessionChange
 from apiary_server.sessions.store import StoreError
-from tests.server.driver import ask, begin, create, request, run, same, session, state, step
+from tests.server.driver import ask, begin, create, outcome, request, run, same, session, state, step
 
 MakeEngine = Callable[..., Engine]
 Make = Callable[..., Engine]
@@ -602,4 +602,28 @@ def test_none_has_to_leave_for_them(make: Make) -> None:
     states = [other.sessions.get("default", id).state for id in ids]
     assert states == [State.STORED, State.STORED, *3 * [State.RESIDENT]]
     assert not other._loop.residency.moves["stored"]
+    close(other)
+
+
+def test_a_stored_cache_is_brought_for_its_map(make: Make) -> None:
+    engine = make()
+    create(engine, "a", POLICY)
+    ask(engine, PROMPT, "a", max_tokens=9)
+    before = outcome(engine, engine.keeper.look("default", "a"))
+    close(engine)
+    other = make()
+    looked = other.keeper.look("default", "a")
+    for _ in range(400):
+        if looked.done():
+            break
+        other._loop.post(lambda: None)
+        step(other)
+        threading.Event().wait(0.005)
+    after = looked.result(0)
+    assert (after.state, after.tokens) == (State.RESIDENT, before.tokens)
+    assert (after.position == before.position).all()
+    assert before.score is not None
+    assert after.score is not None
+    assert (after.score == before.score).all()
+    assert not session(other, "a").busy
     close(other)
