@@ -249,6 +249,8 @@ def _chat(chat: Chat | None) -> generation_pb.ChatMessages | None:
 
 
 def _message(message: Message) -> generation_pb.ChatMessage:
+    if not isinstance(message, Message):
+        raise TypeError(f"a message is a Message('user', 'Hello!'), not a {type(message).__name__}")
     if message.role not in _ROLES:
         raise ValueError(f"role {message.role!r} is none of {', '.join(_ROLES)}")
     return generation_pb.ChatMessage(role=_ROLES[message.role], content=message.content)

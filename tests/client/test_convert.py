@@ -153,6 +153,12 @@ def test_what_cannot_be_sent_is_refused(arguments: Mapping[str, Any], said: str)
         convert.generate_request(**arguments)
 
 
+@pytest.mark.parametrize("message", [("user", "Hi"), {"role": "user", "content": "Hi"}])
+def test_what_is_no_message_is_told(message: Any) -> None:
+    with pytest.raises(TypeError, match=r"a message is a Message\('user', 'Hello!'\), not a (tuple|dict)"):
+        convert.generate_request([message])
+
+
 @pytest.mark.parametrize("session", ["work", "sessions/work"])
 def test_sessions_go_by_id_or_name(session: str) -> None:
     assert convert.session_name(session) == "sessions/work"
