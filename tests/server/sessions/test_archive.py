@@ -51,7 +51,7 @@ class Faulty:
         self.open = threading.Event()
         self.open.set()
         self.tried: Counter[str] = Counter()
-        self.meanwhile: Callable[[], None] | None = None
+        self.meanwhile: Callable[[], object] | None = None
         self.closed = False
 
     def names(self) -> Mapping[str, int]:
@@ -280,7 +280,7 @@ def test_a_write_that_failed_after_its_work_is_made_again(hive: Hive, store: Fau
 def test_what_is_deleted_while_others_are_is_not_left(hive: Hive, store: Faulty) -> None:
     one, other = hive.session("one"), hive.session("other")
     assert until(lambda: hive.kept(one, other))
-    store.meanwhile = lambda: hive.sessions.remove("default", "other") and None
+    store.meanwhile = lambda: hive.sessions.remove("default", "other")
     hive.turn(one)
     assert until(lambda: hive.kept(one))
 
