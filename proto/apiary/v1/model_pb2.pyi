@@ -202,8 +202,8 @@ class Capacity(_message.Message):
     a file of their own, which the log names.
     """
     store_error: _builtins.str
-    """What fails while the store is degraded, in words. `sessions`: turns that end now are not durable. `caches`: those
-    of the sessions that were used last have to be computed anew after a restart.
+    """What fails while the store is degraded, in words. `sessions`: turns that end now are not durable. `caches`: some
+    would have to be computed anew if the worker ended now.
     """
     def __init__(
         self,
