@@ -201,6 +201,10 @@ def test_without_snapshots_turns_are_durable(
         capacity = until(lambda: degraded(first, client), 20)
         assert capacity
         assert capacity.store_error == f"caches: {state / 'snapshots'}: No space left on device"
+        status = subprocess.run(
+            [APIARY, "status", "--target", first.target], env=environment(), capture_output=True, text=True
+        )
+        assert f"degraded: {capacity.store_error}" in status.stdout
         expected = talk(client, "twin", 4)[0]
     first.kill()
     second = start_worker(*arguments, "--log-format", "json")
