@@ -218,3 +218,31 @@ def test_without_snapshots_turns_are_durable(
         assert "5.snapshot" in snapshots(state)
         assert not refused(second)
     assert second.stop() == 0
+
+
+def test_a_state_directory_that_is_gone_for_a_while(
+    start_worker: Start, tiny_model: Path, tmp_path: Path
+) -> None:
+    state, away = tmp_path / "state", tmp_path / "away"
+    arguments = ["--model", str(tiny_model), *SMALL, "--state-dir", str(state), "--metrics-port", "0"]
+    first = start_worker(*arguments, "--log-format", "json")
+    with first.client() as client:
+        client.create_session("talk")
+        assert talk(client, "talk", 0)[1]
+        assert until(lambda: snapshots(state) == {"1.snapshot"}, 20)
+        state.rename(away)
+        assert not talk(client, "talk", 1)[1]
+        capacity = until(lambda: (now := degraded(first, client)) and "caches" in now.store_error and now, 20)
+        assert capacity
+        assert capacity.store_error.count("No such file or directory") == 2
+        away.rename(state)
+        assert until(lambda: well(first, client), 20)
+        assert talk(client, "talk", 2)[1]
+        assert until(lambda: snapshots(state) == {"3.snapshot"}, 20)
+    first.kill()
+    second = start_worker(*arguments, "--log-format", "json")
+    with second.client() as client:
+        assert client.get_session("talk").turn_count == 3
+        answer = client.generate("Turn 3.", session="talk", stopping=ANSWER)
+        assert answer.usage.rebuild_reason is None
+    assert second.stop() == 0
