@@ -295,6 +295,8 @@ class Archive:
                     return self._copy(session, self._staging)
 
     def _read(self, session: Session, turns: int) -> Restored:
+        if self._hangs:  # to compute it anew is quicker
+            raise StoreError("the store hangs")
         data = self.shelf.get(session, turns, session.layout.bytes + _HEAD)
         if data is None:
             raise SnapshotRefused("it is gone", RebuildReason.SNAPSHOT_CORRUPT)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from apiary_server.sessions import archive as module
 from apiary_server.sessions.archive import Archive
+from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.pool import Geometry, SlotLayout
 from apiary_server.sessions.session import Session, TurnRecord
@@ -69,6 +70,7 @@ class Faulty:
             raise StoreError("it went away")
 
     def read(self, name: str, most: int) -> bytes | None:
+        self.open.wait(20)
         return None
 
     def delete(self, name: str) -> None:
@@ -322,6 +324,7 @@ def test_what_hangs_is_told_and_holds_nobody_up(hive: Hive, store: Faulty, what:
     hive.turn(other)
     assert not hive.archive.hurry(other)
     assert not hive.archive.release(other)
+    assert hive.archive.read(other) == (None, RebuildReason.SNAPSHOT_CORRUPT)
     hive.archive.forget(other)
     hive.session("new")
     assert hive.shelf.used_bytes >= 0
