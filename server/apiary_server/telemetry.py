@@ -55,7 +55,7 @@ _GAUGES = (
     ("stored_sessions", "apiary.sessions.stored", "{session}", "Sessions whose cache has a snapshot."),
     ("running_turns", "apiary.turns.running", "{turn}", "Turns in flight."),
     ("queued_turns", "apiary.turns.queued", "{turn}", "Turns that wait: the queue's depth."),
-    ("store_degraded", "apiary.store.degraded", "1", "1 while turns that end are not durable."),
+    ("store_degraded", "apiary.store.degraded", "1", "1 while sessions or their caches cannot be stored."),
     ("unread_sessions", "apiary.store.unread", "{session}", "Stored sessions that cannot be read."),
 )
 

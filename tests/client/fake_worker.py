@@ -81,6 +81,7 @@ class FakeWorker(GenerationServiceServicer, SessionServiceServicer, ModelService
         self.asked = threading.Event()
         self.cancelled = threading.Event()
         self.fail_next: list[grpc.Status] = []
+        self.capacity = model_pb2.Capacity(budget_bytes=2**30, used_bytes=2**20, queue_limit=256)
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
         add_GenerationServiceServicer_to_server(self, self._server)
         add_SessionServiceServicer_to_server(self, self._server)
@@ -262,7 +263,7 @@ class FakeWorker(GenerationServiceServicer, SessionServiceServicer, ModelService
 
     def GetCapacity(self, request: Any, context: grpc.ServicerContext) -> Any:
         self._note(request, context)
-        return model_pb2.Capacity(budget_bytes=2**30, used_bytes=2**20, queue_limit=256)
+        return self.capacity
 
 
 TEXTS = ("<|im_start|>", "\u202e\x9b", " the\x1b[31m", "\n", " a", " [bold]", "\ufffd", " $x_", " é", '"')

@@ -141,7 +141,9 @@ def test_a_server_that_is_gone_for_a_while(
         began = time.monotonic()
         assert [talk(client, "talk", number)[1] for number in (1, 2)] == [False, False]
         assert time.monotonic() - began < 30
-        assert client.get_capacity().store_degraded
+        capacity = client.get_capacity()
+        assert capacity.store_degraded
+        assert capacity.store_error.startswith(f"sessions: unix://{server.unix_socket_path}")
         if loses:
             for path in server.data_dir.glob("appendonlydir/*"):
                 path.unlink()

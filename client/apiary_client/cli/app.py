@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apiary_client.cli import bench, chat, console, generate, models, serve, sessions
+from apiary_client.cli import bench, chat, console, generate, models, serve, sessions, status
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,6 +39,7 @@ def apiary(
 serve.register(app)
 chat.register(app)
 generate.register(app)
+status.register(app)
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")

@@ -99,13 +99,13 @@ def _hint(error: errors.ApiaryError, target: str) -> str | None:
 
 def json_text(value: object) -> str:
     """Return dataclasses, lists and dictionaries of them as JSON for programs. No terminal obeys it."""
-    plain = [asdict(item) for item in value] if isinstance(value, list) else value
-    plain = asdict(plain) if is_dataclass(plain) and not isinstance(plain, type) else plain
-    text = json.dumps(plain, indent=2, ensure_ascii=False, default=_json_scalar)
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=_json_form)
     return _CONTROLS.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
 
 
-def _json_scalar(value: object) -> Any:
+def _json_form(value: object) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     match value:
         case datetime():
             return value.isoformat()

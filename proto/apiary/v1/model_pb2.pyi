@@ -161,6 +161,7 @@ class Capacity(_message.Message):
     STORED_BYTES_FIELD_NUMBER: _builtins.int
     STORED_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     UNREAD_SESSIONS_FIELD_NUMBER: _builtins.int
+    STORE_ERROR_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """The whole cache budget."""
     used_bytes: _builtins.int
@@ -189,7 +190,7 @@ class Capacity(_message.Message):
     queued_turns: _builtins.int
     queue_limit: _builtins.int
     store_degraded: _builtins.bool
-    """The store of sessions fails or hangs: turns that end now are not durable. It is tried again by itself."""
+    """The store of sessions, or of their caches, fails or hangs. It is tried again by itself."""
     stored_sessions: _builtins.int
     """Sessions whose cache has a snapshot."""
     stored_bytes: _builtins.int
@@ -199,6 +200,10 @@ class Capacity(_message.Message):
     unread_sessions: _builtins.int
     """Sessions of `--state-dir` that could not be read when the worker started, at the least: they are kept there in
     a file of their own, which the log names.
+    """
+    store_error: _builtins.str
+    """What fails while the store is degraded, in words. `sessions`: turns that end now are not durable. `caches`: some
+    would have to be computed anew if the worker ended now.
     """
     def __init__(
         self,
@@ -224,10 +229,11 @@ class Capacity(_message.Message):
         stored_bytes: _builtins.int = ...,
         stored_budget_bytes: _builtins.int = ...,
         unread_sessions: _builtins.int = ...,
+        store_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "max_resident_sessions", b"max_resident_sessions", "parked_budget_bytes", b"parked_budget_bytes", "parked_bytes", b"parked_bytes", "parked_sessions", b"parked_sessions", "peak_bytes", b"peak_bytes", "queue_limit", b"queue_limit", "queued_turns", b"queued_turns", "reserve_slots", b"reserve_slots", "resident_sessions", b"resident_sessions", "running_turns", b"running_turns", "sessions", b"sessions", "slot_bytes", b"slot_bytes", "store_degraded", b"store_degraded", "stored_budget_bytes", b"stored_budget_bytes", "stored_bytes", b"stored_bytes", "stored_sessions", b"stored_sessions", "unread_sessions", b"unread_sessions", "used_bytes", b"used_bytes", "workspace_bytes", b"workspace_bytes", "workspaces", b"workspaces"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "max_resident_sessions", b"max_resident_sessions", "parked_budget_bytes", b"parked_budget_bytes", "parked_bytes", b"parked_bytes", "parked_sessions", b"parked_sessions", "peak_bytes", b"peak_bytes", "queue_limit", b"queue_limit", "queued_turns", b"queued_turns", "reserve_slots", b"reserve_slots", "resident_sessions", b"resident_sessions", "running_turns", b"running_turns", "sessions", b"sessions", "slot_bytes", b"slot_bytes", "store_degraded", b"store_degraded", "store_error", b"store_error", "stored_budget_bytes", b"stored_budget_bytes", "stored_bytes", b"stored_bytes", "stored_sessions", b"stored_sessions", "unread_sessions", b"unread_sessions", "used_bytes", b"used_bytes", "workspace_bytes", b"workspace_bytes", "workspaces", b"workspaces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

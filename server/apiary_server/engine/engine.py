@@ -145,6 +145,10 @@ class Engine:
         """Budgets and what is in use."""
         residency = self._loop.residency
         pool, shelf = residency.pool, None if self._archive is None else self._archive.shelf
+        parts = {"sessions": self._journal, "caches": self._archive}
+        failing = [
+            f"{what}: {error}" for what, part in parts.items() if part is not None and (error := part.error)
+        ]
         return Capacity(
             budget_bytes=pool.budget,
             used_bytes=pool.used_bytes,
@@ -162,11 +166,12 @@ class Engine:
             running_turns=len(self._scheduler.running),
             queued_turns=len(self._scheduler.waiting) + len(self._admission),
             queue_limit=self._scheduler.queue_limit,
-            store_degraded=any(each is not None and each.degraded for each in (self._journal, self._archive)),
+            store_degraded=bool(failing),
             stored_sessions=0 if shelf is None else len(shelf),
             stored_bytes=0 if shelf is None else shelf.used_bytes,
             stored_budget_bytes=0 if shelf is None else shelf.budget,
             unread_sessions=0 if self._journal is None else self._journal.unread,
+            store_error="; ".join(failing),
         )
 
     def moves(self) -> Mapping[str, int]:

@@ -102,6 +102,7 @@ class Capacity:
     stored_bytes: int = 0
     stored_budget_bytes: int = 0
     unread_sessions: int = 0
+    store_error: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from apiary_server.sessions.restored import Restored, restore
 from apiary_server.sessions.session import Session
 from apiary_server.sessions.shelf import Shelf
 from apiary_server.sessions.snapshot import Image, Origin, decode, encode
-from apiary_server.sessions.store import StoreError
+from apiary_server.sessions.store import StoreError, reason
 from buzz import Rotary
 
 _log = structlog.get_logger(__name__)
@@ -67,16 +67,24 @@ class Archive:
         self._deadline: float | None = None  # of the end
         self._staging = torch.empty(0, dtype=torch.uint8)
         self._rest_until = 0.0
-        self._failed = False
+        self._errors: dict[int | None, str] = {}  # what failed last, by dirty session; deletions have none
+        self._failed = False  # something else did since the last write that did not
         self._writing_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="archive", daemon=True)
         sessions.watchers.append(self.note)
 
     @property
+    def error(self) -> str | None:
+        """Why some cache that should be stored, or deleted, is not; None where nothing failed."""
+        if self._hangs:
+            return "the store hangs"
+        with self._changed:
+            return next(iter(self._errors.values()), None)
+
+    @property
     def degraded(self) -> bool:
-        """Whether the last write failed, or the present one hangs."""
-        since = self._writing_since
-        return self._failed or (since is not None and time.monotonic() - since > _PATIENCE)
+        """Whether there is an error."""
+        return self.error is not None
 
     def start(
         self,
@@ -103,11 +111,14 @@ class Archive:
             self._dirty.pop(id(session), None)
             if not session.deleted and session.cached_turns and not self.shelf.current(session):
                 self._dirty[id(session)] = (session, time.monotonic())
+            else:
+                self._mend(id(session))
             self._changed.notify()
 
     def hurry(self, session: Session) -> bool:
         """Have a snapshot made soon; False if that cannot be now."""
-        if self.degraded or session.layout.bytes + _HEAD > self.shelf.budget:
+        hopeless = self._failed or self._hangs or id(session) in self._errors
+        if hopeless or session.layout.bytes + _HEAD > self.shelf.budget:
             return False
         with self._changed:
             self._urgent[id(session)] = session
@@ -154,6 +165,11 @@ class Archive:
         if self._dirty:
             _log.warning("some caches have no snapshot: they will be computed anew", count=len(self._dirty))
 
+    @property
+    def _hangs(self) -> bool:
+        since = self._writing_since
+        return since is not None and time.monotonic() - since > _PATIENCE
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -161,70 +177,93 @@ class Archive:
                     left = [session for session, _ in self._dirty.values()]
                     break
                 session = self._next()
-                if session is None:
-                    self._changed.wait(_LOOK if self._dirty or self._failed else None)
+                if session is None and not self._may_tidy():
+                    self._changed.wait(_LOOK if self._dirty or self.shelf.untidy else None)
+                    continue
             self._work(session)
         for session in left:
             if time.monotonic() < self._deadline:
                 self._work(session)
-        self._work(None)
+        if time.monotonic() < self._deadline:
+            self._work(None)
 
     def _next(self) -> Session | None:
         """Which session's cache is copied now."""
         now = time.monotonic()
         if self._urgent:
             return self._urgent.pop(next(iter(self._urgent)))
-        if now < self._rest_until and (self.degraded or self._busy()):
+        if now < self._rest_until and (self._failed or self._busy()):
             return None
         due = (session for session, since in self._dirty.values() if now - since >= self._delay)
         return next((session for session in due if not session.busy), None)
 
+    def _may_tidy(self) -> bool:
+        return self.shelf.untidy and not (self._failed and time.monotonic() < self._rest_until)
+
     def _work(self, session: Session | None) -> None:
-        if session is None and self._failed and time.monotonic() < self._rest_until:
-            return
+        """Delete what is kept no longer, and make a snapshot of a session."""
         began = time.thread_time()  # of the processor: waiting for a step or a disk takes nothing from turns
-        tidied = False
         try:
-            with self._writing():
-                tidied = self.shelf.tidy()
+            self._tidy()
             if session is not None:
                 self._save(session)
-                with self._writing():
-                    self.shelf.tidy()
+                self._tidy()
         except Exception as error:
             if not isinstance(error, StoreError):
                 _log.exception("a fault of ours in a snapshot")
-            if not self._failed:
-                self._failed = True
-                _log.error("caches are not stored: serving goes on", reason=str(error))
-            self._rest_until = time.monotonic() + _RETRY
-            with self._changed:
-                if session is not None and id(session) in self._dirty:
-                    self._dirty.move_to_end(id(session))  # others may have better luck
-            return
-        if session is None and not tidied:
-            return
-        if self._failed:
-            self._failed = False
-            _log.warning("caches are stored again")
-        self._rest_until = time.monotonic() + (time.thread_time() - began) / _SHARE
+        rest = _RETRY if self._failed else (time.thread_time() - began) / _SHARE
+        self._rest_until = max(self._rest_until, time.monotonic() + rest)
+
+    def _tidy(self) -> None:
+        with self._told(None), self._writing():
+            self.shelf.tidy()
+        self._mend(None)
 
     def _save(self, session: Session) -> None:
         changed = self._dirty.get(id(session))
-        image = self._image(session)
-        if image is None:  # it has no cache, or a turn runs, and it is tried again
-            done = session.cache is None or self._deadline is not None
-        elif not image.turns:
-            done = True
-        else:
-            parts = encode(image, self._origin)
-            with self._writing():
-                self.saved += self.shelf.put(session, image.epoch, image.turns, parts)
-            done = True
+        with self._told(session):
+            image = self._image(session)
+            if image is None:  # it has no cache, or a turn runs, and it is tried again
+                done = session.cache is None or self._deadline is not None
+            else:
+                done = True
+                if image.turns:
+                    parts = encode(image, self._origin)
+                    with self._writing():
+                        self.saved += self.shelf.put(session, image.epoch, image.turns, parts)
+                    self._failed = False
         if done:
             with self._changed:
                 if self._dirty.get(id(session)) is changed:
                     self._dirty.pop(id(session), None)
+            self._mend(id(session))
+
+    @contextlib.contextmanager
+    def _told(self, session: Session | None) -> Iterator[None]:
+        """What fails is an error, of a session or of what is deleted, until it does not."""
+        try:
+            yield
+        except Exception as error:
+            key, why = None if session is None else id(session), reason(error)
+            with self._changed:
+                if session is None or not session.deleted:
+                    if not self._errors:
+                        _log.error("caches are not stored: serving goes on", reason=why)
+                    # one that always fails says nothing of the others
+                    self._failed |= key not in self._errors
+                    self._errors[key] = why
+                if session is not None and not session.deleted:
+                    self._dirty[id(session)] = (session, time.monotonic() + _RETRY - self._delay)
+                    self._dirty.move_to_end(id(session))  # others may have better luck
+            raise
+
+    def _mend(self, key: int | None) -> None:
+        """What failed did not this time, or need not be done any more."""
+        with self._changed:
+            mended = self._errors.pop(key, None) is not None and not self._errors
+            self._failed = self._failed and not mended
+        if mended:
+            _log.warning("caches are stored again")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -256,6 +295,8 @@ class Archive:
                     return self._copy(session, self._staging)
 
     def _read(self, session: Session, turns: int) -> Restored:
+        if self._hangs:  # to compute it anew is quicker
+            raise StoreError("the store hangs")
         data = self.shelf.get(session, turns, session.layout.bytes + _HEAD)
         if data is None:
             evicted = turns not in self.shelf.turns(session)  # just now

@@ -14,7 +14,7 @@ import structlog
 
 from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.session import Session
-from apiary_server.sessions.store import Store, StoreError, StoreForgot
+from apiary_server.sessions.store import Store, StoreError, StoreForgot, reason
 
 _log = structlog.get_logger(__name__)
 _RETRY = 1.0  # seconds until a store that failed is tried again
@@ -46,12 +46,13 @@ class Journal:
         patience: seconds that anybody waits for a store that hangs.
 
     Attributes:
-        degraded: whether the last write failed, or hangs: what changed since would be lost with the process.
+        error: why the last write failed, or that it hangs: what changed since would be lost with the process.
+            None where all is well.
         unread: how many of the store's sessions could not be read.
     """
 
     def __init__(self, sessions: SessionManager, store: Store, patience: float) -> None:
-        self.degraded = False
+        self.error: str | None = None
         self.unread = store.unread
         self._sessions = sessions
         self._store = store
@@ -68,6 +69,11 @@ class Journal:
         self._thread.start()
         if not tried.wait(patience):
             self.give_up(0.0)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether there is an error."""
+        return self.error is not None
 
     def note(self, session: Session) -> None:
         """A session changed."""
@@ -118,7 +124,7 @@ class Journal:
         while True:
             with self._changed:
                 if self.degraded:
-                    self._changed.wait(_RETRY)
+                    self._changed.wait_for(lambda: self._closing is not None, _RETRY)
                 while tried and not (self._dirty or self.degraded or self._closing is not None):
                     self._changed.wait()
                 if not self._dirty and self._closing is not None:
@@ -146,14 +152,14 @@ class Journal:
                 self._sessions.store_anew()
             if not isinstance(error, StoreError):
                 _log.exception("a fault of ours in a store")
-            self._degrade(str(error))
+            self._degrade(reason(error))
             return False
         if self.degraded:
-            self.degraded = False
+            self.error = None
             _log.warning("sessions are stored again")
         return True
 
     def _degrade(self, why: str) -> None:
         if not self.degraded:
-            self.degraded = True
             _log.error("sessions are not stored: serving goes on, what changes is kept in memory", reason=why)
+        self.error = why

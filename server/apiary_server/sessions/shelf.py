@@ -41,6 +41,11 @@ class Shelf:
         """Of all snapshots together."""
         return self._used_bytes
 
+    @property
+    def untidy(self) -> bool:
+        """Whether there is something to delete."""
+        return bool(self._doomed)
+
     def __len__(self) -> int:
         """How many sessions have snapshots."""
         return len(self._kept)
@@ -131,8 +136,8 @@ class Shelf:
         with self._lock:
             self._drop(_key(session), turns.__eq__)
 
-    def tidy(self) -> bool:
-        """Delete from the store what is kept no longer. False if there was nothing.
+    def tidy(self) -> None:
+        """Delete from the store what is kept no longer.
 
         Raises:
             StoreError: not all could be deleted; the others are tried again.
@@ -146,7 +151,6 @@ class Shelf:
                 with self._lock:
                     self._doomed = doomed[place:] + self._doomed
                 raise
-        return bool(doomed)
 
     def close(self) -> None:
         """Let others use the store."""

@@ -90,6 +90,7 @@ class SqliteStore:
 
     def write(self, changes: Sequence[Change]) -> None:
         """As `Store.write`."""
+        self._check_place()
         with self._explained(), self._transaction():
             for change in changes:
                 self._write(change)
@@ -108,9 +109,19 @@ class SqliteStore:
             )
             try:
                 self._prepare()
+                self._opened = self._path.stat()
             except BaseException:
                 self._connection.close()
                 raise
+
+    def _check_place(self) -> None:
+        """Check that the database is where others look for it: SQLite writes on to one that is not."""
+        try:
+            there = os.path.samestat(self._path.stat(), self._opened)
+        except OSError as error:
+            raise StoreError(f"{self._path}: {error.strerror}; put it back") from error
+        if not there:
+            raise StoreError(f"{self._path} is another file than the one that was opened: put that back")
 
     def _prepare(self) -> None:
         run = self._connection.execute

@@ -18,6 +18,11 @@ class StoreForgot(StoreError):
     """A store has lost of what was written to it: it takes what is whole, all turns of each session."""
 
 
+def reason(error: Exception) -> str:
+    """What to tell operators of what failed. Of a fault of ours the log says more, and nobody else should."""
+    return str(error) if isinstance(error, StoreError) else f"a fault of ours ({type(error).__name__})"
+
+
 @dataclass(frozen=True, slots=True)
 class StoredSettings:
     """What is kept of a session beside its turns. Times are wall-clock, in seconds since 1970."""

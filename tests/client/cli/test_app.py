@@ -10,6 +10,7 @@ COMMANDS = [
     ["serve"],
     ["chat"],
     ["generate"],
+    ["status"],
     ["sessions", "list"],
     ["sessions", "show"],
     ["sessions", "delete"],

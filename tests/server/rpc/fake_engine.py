@@ -51,7 +51,7 @@ USAGE = Usage(
     decode_time=1.5,
     seed=7,
 )
-CAPACITY = Capacity(*range(1, 17))
+CAPACITY = Capacity(*range(1, 17), store_degraded=True, store_error="sessions: the disk is full")
 
 
 class FakeEngine:

@@ -28,11 +28,13 @@ class Memory:
         self.open.set()
         self.closed = False
         self.unread = 0
+        self.tries = 0
 
     def load(self) -> Iterator[StoredSession]:
         return iter(())
 
     def write(self, changes: Sequence[Change]) -> None:
+        self.tries += 1
         self.open.wait(10)
         if self.failing:
             raise StoreError("the disk is full")
@@ -166,7 +168,7 @@ def test_a_store_that_fails_is_told_and_made_good(
     store.failing = True
     commit(sessions, session, 2)
     assert not stored(journal, session)
-    assert journal.degraded
+    assert journal.error == "the disk is full"
     began = time.monotonic()
     commit(sessions, session, 3)
     assert not stored(journal, session)
@@ -177,6 +179,35 @@ def test_a_store_that_fails_is_told_and_made_good(
     assert recovers(journal)
     assert store.sessions == {("default", "a"): [1, 2, 4]}
     assert stored(journal, session)
+
+
+def test_a_store_that_fails_is_not_tried_all_the_time(
+    sessions: SessionManager, journal: Journal, store: Memory
+) -> None:
+    store.failing = True
+    session = create(sessions, "a")
+    assert not stored(journal, session)
+    store.tries = 0
+    for number in range(50):
+        commit(sessions, session, number)
+        time.sleep(0.005)
+    assert store.tries <= 1
+    store.failing = False
+    assert recovers(journal)
+    assert store.sessions == {("default", "a"): list(range(50))}
+
+
+def test_a_fault_of_ours_is_told_without_what_it_says(
+    sessions: SessionManager, journal: Journal, store: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(changes: Sequence[Change]) -> None:
+        raise ValueError("tell nobody")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write", fault)
+        assert not stored(journal, create(sessions, "a"))
+        assert journal.error == "a fault of ours (ValueError)"
+    assert recovers(journal)
 
 
 def test_a_store_that_forgot_is_given_everything_anew(
@@ -208,7 +239,7 @@ def test_a_store_that_hangs_is_waited_for_only_so_long(
     began = time.monotonic()
     assert not stored(journal, session)
     assert 0.25 < time.monotonic() - began < 2
-    assert journal.degraded
+    assert journal.error == "the store hangs"
     store.open.set()
     assert recovers(journal)
     assert stored(journal, session)

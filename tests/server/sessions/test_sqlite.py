@@ -212,3 +212,19 @@ def test_a_disk_that_was_full_before_is_told(store: SqliteStore, directory: Path
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     store.write([])
     assert again(store, directory) == {}
+
+
+def test_a_directory_that_is_gone_for_a_while_is_told(store: SqliteStore, directory: Path) -> None:
+    away = directory.with_name("away")
+    directory.rename(away)
+    with pytest.raises(StoreError, match="No such file"):
+        store.write([change("a", 0, turn(0))])
+    directory.mkdir()
+    (directory / "sessions.db").touch()
+    with pytest.raises(StoreError, match="another file"):
+        store.write([])
+    (directory / "sessions.db").unlink()
+    directory.rmdir()
+    away.rename(directory)
+    store.write([change("b", 0, turn(0))])
+    assert again(store, directory).keys() == {("default", "b")}

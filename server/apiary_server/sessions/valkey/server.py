@@ -11,8 +11,8 @@ from valkey import exceptions
 from apiary_server.sessions.store import StoreError
 from apiary_server.sessions.valkey.address import ValkeyAddress
 
-TIMEOUT = 5.0  # seconds for an answer
-LARGE_TIMEOUT = 60.0  # where a snapshot, or many sessions, are sent or read
+TIMEOUT = 5.0  # seconds without a byte of an answer
+LARGE_TIMEOUT = 60.0  # where a snapshot has to get to its disk
 _ADVICE: Sequence[tuple[type[Exception], str]] = (  # the first that fits
     (exceptions.AuthenticationError, "check the user in --store and the password in --store-password-file"),
     (exceptions.NoPermissionError, "allow this user to read, write, run scripts, WAITAOF and INFO"),

@@ -52,7 +52,7 @@ class ValkeySnapshots:
     def read(self, name: str, most: int) -> bytes | None:
         """As `SnapshotStore.read`."""
         key = self._key(name)
-        data, there = self._namespace.server.ask(("GETRANGE", key, 0, most - 1), ("EXISTS", key), large=True)
+        data, there = self._namespace.server.ask(("GETRANGE", key, 0, most - 1), ("EXISTS", key))
         return data if data or there else None
 
     def delete(self, name: str) -> None:

