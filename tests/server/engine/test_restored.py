@@ -577,3 +577,16 @@ def test_turns_on_their_way_are_told_that_the_worker_shuts_down(
             time.sleep(0.005)
         assert isinstance(error or reader.error, errors.Draining)
     assert not any(session(other, id).busy for id in ("a", "b"))
+
+
+def test_nobody_is_refused_for_those_who_wait_behind_him(make: Make) -> None:
+    """A pool for three, who all have a turn in the queue: none of them can be stored until it has run."""
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
+    for id in "abc":
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    create(engine, "d")
+    readers = [begin(engine, request(PROMPT[:40], id, max_tokens=8)) for id in "dabc"]
+    run(engine, *readers)
+    assert [reader.error for reader in readers] == [None] * 4
+    close(engine)
