@@ -193,14 +193,15 @@ class Crowd:
             if asked.ended:
                 self.running.remove(asked)
                 self.happened[type(asked.error)] += 1
-                if record is not None:
+                if record is not None and asked.id in self.told:
                     self._check_end(asked, self.told[asked.id], record)
 
     def _is_over(self, asked: Asked, record: Session | None) -> bool:
-        """Whether a turn, the first of its session that is in flight, is over, though nobody was told."""
-        if record is None or not record.busy:
-            return True
-        return len(record.turns) > len(self.told[asked.id].turns)
+        """Whether a turn, the first of its session that is in flight, is over, though nobody was told. Where
+        the session is gone it may take more steps."""
+        if record is None or asked.id not in self.told:
+            return False
+        return not record.busy or len(record.turns) > len(self.told[asked.id].turns)
 
     def _check_end(self, asked: Asked, told: Told, record: Session) -> None:
         error = asked.error
