@@ -118,11 +118,16 @@ def run(engine: Engine, *readers: Reader, steps: int = 5000) -> None:
         for _ in range(steps):
             if all(reader.ended for reader in readers):
                 return
-            if engine._loop._idle:  # it would wait long for a command, and who stores the turn sends none
-                time.sleep(0.001)
-                engine._loop.post(lambda: None)
+            wake(engine)
             engine._loop.step()
     raise AssertionError(f"not ended after {steps} steps")
+
+
+def wake(engine: Engine) -> None:
+    """Let other threads go on, and have the next step not wait for them: the store's sends no command."""
+    if engine._loop._idle:
+        time.sleep(0.001)
+        engine._loop.post(lambda: None)
 
 
 def step(engine: Engine, count: int = 1) -> None:

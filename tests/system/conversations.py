@@ -1,4 +1,4 @@
-"""Sessions that are used while workers die, what was acknowledged of them, and what they must answer."""
+"""Sessions that are used while workers die, and what was acknowledged of them."""
 
 from __future__ import annotations
 
@@ -6,90 +6,15 @@ import random
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import grpc
 
 from apiary_client import Client, Completion, errors
-from apiary_server.engine.engine import Engine
-from apiary_server.sessions.snapshot import history
-from apiary_server.settings import Settings
-from apiary_server.worker import build
-from tests.server.driver import ask, create, session, step
 
-from .reading import TIE, tokens
-from .worker import POLICY
+from .reading import tokens
 
 TOKENS = 12
 LONGEST = 10  # turns
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """An answer of the twin.
-
-    Attributes:
-        token_ids: of the answer.
-        margins: between the two likeliest tokens at each place.
-        cached_tokens: of the turn, if nothing has to be computed anew.
-    """
-
-    token_ids: Sequence[int]
-    margins: Sequence[float]
-    cached_tokens: int
-
-    def agrees(self, token_ids: Sequence[int]) -> bool:
-        """Whether these are the same tokens; the two may part where the two likeliest are tied."""
-        pairs = zip(self.token_ids, token_ids, self.margins, strict=True)
-        parting = next((margin for mine, theirs, margin in pairs if mine != theirs), 0.0)
-        return parting < TIE
-
-
-class Twin:
-    """An engine that nothing happens to, and no store: it says what sessions must answer."""
-
-    def __init__(self, model: Path) -> None:
-        self._engine: Engine = build(
-            Settings.load(
-                model=str(model),
-                policy=POLICY,
-                slack=16,
-                workspace_entries=256,
-                threads=1,
-                cache_budget=2**21,
-            )
-        )
-        self._turns: dict[str, list[tuple[str, Expected]]] = {}
-
-    def answers(self, name: str, prompts: Sequence[str]) -> Sequence[Expected]:
-        """What a session answers to these prompts."""
-        if name not in self._turns:
-            self._turns[create(self._engine, name)] = []
-        turns = self._turns[name]
-        common = 0
-        while common < min(len(turns), len(prompts)) and turns[common][0] == prompts[common]:
-            common += 1
-        if common < len(turns):
-            self._engine.keeper.rewind("default", name, common)
-            step(self._engine)
-            del turns[common:]
-        for prompt in prompts[common:]:
-            record = session(self._engine, name)
-            cached = record.turns[-1].seen if record.turns else 0
-            reader = ask(self._engine, [("user", prompt)], name, max_tokens=TOKENS, logprobs=2)
-            margins = [one.top[0][1] - one.top[1][1] for one in reader.logprobs]
-            turns.append((prompt, Expected(reader.token_ids, margins, cached)))
-        return [expected for _, expected in turns]
-
-    @property
-    def tokenizer(self) -> str:
-        """Its digest."""
-        return self._engine._door.tokenizer.digest
-
-    def history(self, name: str, prompts: Sequence[str]) -> str:
-        """Digest of those turns, as a snapshot has it."""
-        self.answers(name, prompts)
-        return history(session(self._engine, name), len(prompts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,12 @@ from apiary_client import Client, RebuildReason
 from apiary_server.model.fingerprint import fingerprint
 from apiary_server.sessions.shelf import _key, _name
 from apiary_server.sessions.snapshot import Origin, decode
+from tests.twin import Twin
 
-from .conversations import Conversation, Turn, Twin
+from .conversations import TOKENS, Conversation, Turn
 from .mortal import Mortal, Parent
 from .mortal_workers import POINTS
-from .worker import SMALL
+from .worker import POLICY, SMALL
 
 MEMORY = ("--cache-budget", "160000", "--parked-budget", "0")  # bytes: for fewer than there are sessions
 STORE = ("--checkpoints", "1")
@@ -127,7 +128,8 @@ class Place:
     ) -> None:
         """Check a session that has those turns, and had snapshots of those histories when the worker died."""
         prompts = [turn.prompt for turn in turns]
-        current = histories.get(len(turns)) == self._twin.history(name, prompts)
+        self._twin.answers(name, prompts, TOKENS)
+        current = histories.get(len(turns)) == self._twin.history(name)
         if turns and turns[-1].token_ids is None:  # it was committed, and nobody was told
             told = conversation.ask(client, name, turns[:-1], again=prompts[-1])
             assert told.usage.durable
@@ -135,7 +137,8 @@ class Place:
         answer = conversation.ask(client, name, turns)
         ((*_, last),) = conversation.possible[name]  # it is durable
         turns = (*turns, last)
-        for turn, expected in zip(turns, self._twin.answers(name, [*prompts, last.prompt]), strict=True):
+        answers = self._twin.answers(name, [*prompts, last.prompt], TOKENS)
+        for turn, expected in zip(turns, answers, strict=True):
             assert expected.agrees(turn.token_ids), turn.prompt
             if expected.token_ids != turn.token_ids:  # a tie: from here on the two are not the same
                 client.delete_session(name)
@@ -203,7 +206,7 @@ def parent() -> Iterator[Parent]:
 
 @pytest.fixture(scope="module")
 def twin(tiny_model: Path) -> Twin:
-    return Twin(tiny_model)
+    return Twin(tiny_model, policy=POLICY, slack=16, workspace_entries=256)
 
 
 @pytest.fixture(scope="module")

@@ -92,8 +92,8 @@ class Admission:
         self._sessions.dismiss(_draining())
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """End the thread, after what waits for it: each of those turns is told why it will not run."""
+        self._thread.shutdown(wait=False)
 
     def reserve(self, tenant: str) -> Place:
         """Take a place in the queue for a turn of a tenant. Waits for nothing, whatever the engine does.

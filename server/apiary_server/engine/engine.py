@@ -10,7 +10,6 @@ from concurrent.futures import Future
 import structlog
 import torch
 
-from apiary_server import errors
 from apiary_server.engine.admission import Admission
 from apiary_server.engine.cache_map import CacheCopy, CacheMap, draw
 from apiary_server.engine.delivery import TokenStream
@@ -196,9 +195,7 @@ class Engine:
                     self._warm.set()
                 while not self._stopping.is_set():
                     self._loop.step()
-                self._loop.end_all(
-                    errors.Draining("the worker is shutting down and rolled the turn back; ask another", 1.0)
-                )
+                self._loop.end_all()
             except Exception:
                 _log.exception("the engine loop broke")
                 self._lose_health()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import structlog
+import torch
 
 from apiary_server import errors
 from apiary_server.engine.delivery import Delivery, TokenStream, deliver
@@ -78,7 +79,7 @@ class Loop:
             if not self._ended:
                 self._commands.put(command)
                 return
-        with self._alone:
+        with self._alone, torch.inference_mode():  # as there: such tensors refuse changes elsewhere
             command()
 
     def end(self) -> None:
@@ -92,13 +93,16 @@ class Loop:
     def add(self, turn: Turn) -> None:
         """Queue a turn, and end the one that has to leave for it if the queue is full."""
         leaving = self._scheduler.add(turn)
-        if leaving is not None:
+        if self._ended:  # it was on its way to the queue when the engine thread ended
+            self._fail(turn, _shut_down())
+            self._hand_over()
+        elif leaving is not None:
             self._fail(*leaving)
 
-    def end_all(self, error: errors.ApiaryError) -> None:
-        """Roll back every turn."""
+    def end_all(self) -> None:
+        """Roll back every turn, since the worker is shutting down."""
         for turn in self._scheduler.turns():
-            self._fail(turn, error)
+            self._fail(turn, _shut_down())
         self._hand_over()
 
     def attach(
@@ -349,3 +353,7 @@ class Loop:
                 sessions=len(self._sessions),
             ),
         )
+
+
+def _shut_down() -> errors.Draining:
+    return errors.Draining("the worker is shutting down and rolled the turn back; ask another", 1.0)

@@ -207,8 +207,12 @@ class Scheduler:
         )
 
     def _start(self, plan: StepPlan, turn: Turn) -> bool:
-        """Start a waiting turn; False if no more can start in this step."""
-        if plan.blocked is not None or not self._may_start:
+        """Start a waiting turn; False if it cannot start in this step.
+
+        Where one waits for room, no other starts; but if nothing runs, it waits for those behind it that have
+        room: their sessions move out for nobody until their turns are over.
+        """
+        if not self._may_start or (plan.blocked is not None and (self.running or not turn.resident)):
             return False
         if not turn.open():
             plan.blocked = turn

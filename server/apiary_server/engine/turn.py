@@ -97,6 +97,11 @@ class Turn:
         """Whether it has started and waits for a slot."""
         return self.transaction.starved
 
+    @property
+    def resident(self) -> bool:
+        """Whether its session has a slot."""
+        return self.session.lease is not None
+
     def open(self) -> bool:
         """Lease what the turn needs to start; False if there is no room now."""
         if not self.transaction.open():

@@ -91,6 +91,10 @@ class FakeTurn:
         return self.known - self.computed
 
     @property
+    def resident(self) -> bool:
+        return False
+
+    @property
     def context(self) -> int:
         return min(self.computed, WORKSPACE)
 

@@ -134,3 +134,17 @@ def test_a_turn_may_wait_for_a_fork(make_engine: MakeEngine) -> None:
     queued.result(10)
     run(engine, reader)
     assert len(session(engine, "b").turns) == 1
+
+
+def test_a_fork_after_the_engine_thread_has_ended(make_engine: MakeEngine) -> None:
+    """Whoever asks does it in his own thread then: here another session is parked for it."""
+    engine = make_engine(start=False, cache_budget=86_144 + 4 * 14_080)  # of which one slot is the reserve
+    for id in "abcd":
+        create(engine, id)
+    for id in "abcda":  # the last one comes back, and leaves a buffer of host memory
+        ask(engine, PROMPT, id)
+    parked = engine.moves()["parked"]
+    assert engine.moves()["unparked"]
+    engine._loop.end()
+    assert engine.keeper.fork("default", "a", "b2").result(0).state is State.RESIDENT
+    assert engine.moves()["parked"] > parked

@@ -4,18 +4,20 @@ said."""
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from apiary_server import errors
 from apiary_server.engine.engine import Engine
 from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.info import RebuildReason, State
 from apiary_server.sessions.request import SessionChange
 from apiary_server.sessions.store import StoreError
-from tests.server.driver import ask, begin, create, outcome, request, run, same, session, state, step
+from tests.server.driver import Reader, ask, begin, create, outcome, request, run, same, session, state, step
 
 MakeEngine = Callable[..., Engine]
 Make = Callable[..., Engine]
@@ -627,3 +629,56 @@ def test_a_stored_cache_is_brought_for_its_map(make: Make) -> None:
     assert (after.score == before.score).all()
     assert not session(other, "a").busy
     close(other)
+
+
+@pytest.mark.parametrize("where", ["read", "admit"])
+def test_turns_on_their_way_are_told_that_the_worker_shuts_down(
+    make: Make, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """While one cache is read, or one turn is checked, another waits for that."""
+    engine = make()
+    for id in ("a", "b"):
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    close(engine)
+    other, begun, go_on = make(), threading.Event(), threading.Event()
+    holder = archive(other) if where == "read" else other._door
+    work = getattr(holder, where)
+
+    def hang(*arguments: Any) -> Any:
+        begun.set()
+        go_on.wait(20)
+        return work(*arguments)
+
+    monkeypatch.setattr(holder, where, hang)
+    readers = [Reader() for _ in "ab"]
+    queued = [
+        other.open(request("go on", id), reader) for id, reader in zip(("a", "b"), readers, strict=True)
+    ]
+    other._thread.start()
+    assert begun.wait(10)
+    if where == "admit":  # the other's is there, too
+        while other.capacity().resident_sessions < 2:
+            threading.Event().wait(0.005)
+    other.stop(grace=0)
+    go_on.set()
+    for each, reader in zip(queued, readers, strict=True):
+        error = each.exception(10)
+        until = time.monotonic() + 10
+        while error is None and reader.error is None and time.monotonic() < until:
+            time.sleep(0.005)
+        assert isinstance(error or reader.error, errors.Draining)
+    assert not any(session(other, id).busy for id in ("a", "b"))
+
+
+def test_nobody_is_refused_for_those_who_wait_behind_him(make: Make) -> None:
+    """A pool for three, who all have a turn in the queue: none of them can be stored until it has run."""
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
+    for id in "abc":
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    create(engine, "d")
+    readers = [begin(engine, request(PROMPT[:40], id, max_tokens=8)) for id in "dabc"]
+    run(engine, *readers)
+    assert [reader.error for reader in readers] == [None] * 4
+    close(engine)
