@@ -340,6 +340,22 @@ def test_turns_that_come_together_wait_for_room(make: Make, make_engine: MakeEng
     close(engine)
 
 
+def test_who_waits_for_turns_in_flight_sends_nobody_to_the_store(make: Make) -> None:
+    engine = make(cache_budget=WORKSPACE + 5 * SLOT)
+    ids = [f"s{number}" for number in range(10)]
+    for id in ids:
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    saved(engine, *ids)
+    readers = [begin(engine, request("go on", id, max_tokens=40)) for id in ids[:6]]
+    run(engine, *readers)
+    assert all(reader.error is None for reader in readers)
+    moves = engine.moves()
+    assert moves["parked"] > 5, "there was less room than turns"
+    assert moves.get("stored", 0) == 0, "what is parked has no slot to give"
+    close(engine)
+
+
 def test_a_stored_session_can_be_forked(make: Make, make_engine: MakeEngine) -> None:
     calm, engine = make_engine(start=False), make()
     for each in (calm, engine):
