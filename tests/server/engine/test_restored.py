@@ -3,6 +3,7 @@ said."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -396,6 +397,25 @@ def test_forks_wait_until_others_are_stored(make: Make) -> None:
         expected = expected or answer.token_ids
         assert (answer.token_ids, answer.usage.rebuild_reason) == (expected, None)
     close(engine)
+
+
+def test_snapshots_rest_while_a_session_is_forked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, begun = make(), threading.Event()
+    for id in ("a", "b"):
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    saved(engine, "a", "b")
+    archive(engine)._delay = 60
+    ask(engine, "go on", "b")
+    monkeypatch.setattr(archive(engine), "_save", lambda _: begun.set())
+    archive(engine)._rest_until = math.inf
+    forked = engine.keeper.fork("default", "a", "c")
+    archive(engine)._delay = 0
+    assert not begun.wait(0.3)
+    step(engine)
+    forked.result(10)
+    assert begun.wait(10)
+    close(engine, snapshots=False)
 
 
 def test_the_budget_of_snapshots_holds(make: Make, tmp_path: Path) -> None:
