@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from statistics import median
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from apiary_bench.document import provenance
-from apiary_bench.resume.run import First, Plan, Resume
+from apiary_bench.own import report
+from apiary_bench.resume.run import Plan, Resume
 from apiary_bench.serving.report import worker
 
 
@@ -19,13 +18,7 @@ def document(plan: Plan, flags: Mapping[str, str], found: Resume) -> dict[str, A
     """All of it. Times in seconds; fields as in `Plan`, `Resume` and `Repeat`."""
     summary = ("warm", "resumed", "recomputed", "slowdown", "gain", "ready", "snapshot_bytes")
     return {
-        **provenance("apiary", "torch", "grpcio", "safetensors"),
-        "arguments": asdict(plan),
-        "environment": {
-            "model": asdict(found.model),
-            "capacity": asdict(found.capacity),
-            "flags": dict(flags),
-        },
+        **report.origin(found.model, found.capacity, flags, plan),
         "summary": {name: getattr(found, name) for name in summary},
         "repeats": [asdict(repeat) for repeat in found.repeats],
     }
@@ -43,16 +36,13 @@ def heading(plan: Plan, found: Resume) -> str:
 
 def first_tokens(found: Resume) -> Table:
     """A row for each kind of turn: its first token, and what it found."""
-    table = Table("first token, milliseconds")
-    for name in ("median", "least", "most", "cached tokens", "rebuild reason"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for label, firsts in (
-        ("warm", [first for repeat in found.repeats for first in repeat.warm]),
-        ("after the ready line", [repeat.resumed for repeat in found.repeats]),
-        ("after it, without the snapshot", [repeat.recomputed for repeat in found.repeats]),
-    ):
-        table.add_row(label, *_row(firsts))
-    return table
+    return report.first_tokens(
+        {
+            "warm": [first for repeat in found.repeats for first in repeat.warm],
+            "after the ready line": [repeat.resumed for repeat in found.repeats],
+            "after it, without the snapshot": [repeat.recomputed for repeat in found.repeats],
+        }
+    )
 
 
 def ratios(found: Resume) -> Table:
@@ -66,13 +56,3 @@ def ratios(found: Resume) -> Table:
     ):
         table.add_row(Text(label, style="dim"), value)
     return table
-
-
-def _row(firsts: Sequence[First]) -> list[str]:
-    seconds = [first.seconds for first in firsts]
-    cached = sorted(first.cached_tokens for first in firsts)
-    return [
-        *(f"{1000 * each:.1f}" for each in (median(seconds), min(seconds), max(seconds))),
-        f"{cached[0]:,} to {cached[-1]:,}" if cached[-1] > cached[0] else f"{cached[0]:,}",
-        ", ".join(sorted({first.rebuild_reason or "none" for first in firsts})),
-    ]

@@ -8,23 +8,19 @@ warm turns. So all of them are behind nearly the same number of tokens.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from time import perf_counter
 
 from apiary_bench.errors import LoadError, SettingsError, VoidError
-from apiary_bench.peers.apiary import serving
+from apiary_bench.own.turn import First, cached, draw, take
+from apiary_bench.own.worker import CALL, Workers, meet, temporary
 from apiary_bench.progress import Observer, begin
-from apiary_bench.serving.workload import vocabulary
-from apiary_client import Capacity, Model, Stopping, aio
-from apiary_client.errors import ApiaryError
+from apiary_client import Capacity, Model, aio
 
-_CALL = 30.0  # seconds that a call without a turn may take
 _STORED = 30.0  # seconds that a snapshot may take
 _LOOK = 0.01  # seconds between looks whether it is there
 _SNAPSHOTS = "snapshots"  # where a worker has them, in its state directory
@@ -64,21 +60,6 @@ class Plan:
     def longest(self) -> int:
         """Tokens of the longest input."""
         return max(self.history, self.input)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class First:
-    """A turn's first token.
-
-    Attributes:
-        seconds: from the request to it, for the client.
-        cached_tokens: that were not computed.
-        rebuild_reason: why any were computed again; None: none were.
-    """
-
-    seconds: float
-    cached_tokens: int
-    rebuild_reason: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,19 +135,15 @@ async def run(
         SettingsError: the worker never takes such turns.
         VoidError: a turn found a cache that it should not have found, or did not find the one that it should.
     """
-    with TemporaryDirectory(prefix="apiary-resume-", dir=directory) as place:
-        try:
-            return await _Restarts(plan, flags, Path(place), observe).run()
-        except ApiaryError as error:
-            raise LoadError(f"{error.reason or error.code.name}: {error.message}") from error
+    with temporary("resume", flags, directory) as workers:
+        return await _Restarts(plan, workers, observe).run()
 
 
 class _Restarts:
-    def __init__(self, plan: Plan, flags: Mapping[str, str], place: Path, observe: Observer) -> None:
+    def __init__(self, plan: Plan, workers: Workers, observe: Observer) -> None:
         self._plan = plan
-        self._flags = {**flags, "--state-dir": str(place / "state")}
-        self._log = place / "worker.log"
-        self._snapshots = place / "state" / _SNAPSHOTS
+        self._workers = workers
+        self._snapshots = workers.state / _SNAPSHOTS
         self._ended = begin(observe, "turns", plan.repeats * (plan.turns + 3))
 
     async def run(self) -> Resume:
@@ -177,14 +154,14 @@ class _Restarts:
         plan, session, ready = self._plan, f"resume-{number}", list[float]()
         others = [f"{session}-{place}" for place in range(plan.others)]
         async with self._worker(ready) as client:
-            await self._meet(client)
-            await client.create_session(session, labels={"made-by": "apiary bench resume"}, timeout=_CALL)
+            self._model, self._capacity = await meet(client, self._plan.longest)
+            await client.create_session(session, labels={"made-by": "apiary bench resume"}, timeout=CALL)
             await self._turn(client, session, 1, plan.history)
             for other in others:
-                await client.fork_session(session, other, timeout=_CALL)
+                await client.fork_session(session, other, timeout=CALL)
             await self._stored(1, 1 + len(others))
         async with self._worker(ready) as client:
-            resumed = self._cached(await self._turn(client, session, 2), "after the start")
+            resumed = cached(await self._turn(client, session, 2), plan.history, "after the start")
         for snapshot in self._snapshots.iterdir():
             snapshot.unlink()
         async with self._worker(ready) as client:
@@ -192,50 +169,30 @@ class _Restarts:
             if recomputed.rebuild_reason is None or recomputed.cached_tokens:
                 raise VoidError("a turn found its session's cache, whose snapshot was deleted")
             warm = [
-                self._cached(await self._turn(client, session, 4 + place), "in a worker that runs")
+                cached(await self._turn(client, session, 4 + place), plan.history, "in a worker that runs")
                 for place in range(plan.turns)
             ]
             for name in (session, *others):
-                await client.delete_session(name, timeout=_CALL)
+                await client.delete_session(name, timeout=CALL)
         return Repeat(ready=ready, resumed=resumed, recomputed=recomputed, warm=warm)
-
-    async def _meet(self, client: aio.Client) -> None:
-        self._model = await client.get_model(timeout=_CALL)
-        self._capacity = await client.get_capacity(timeout=_CALL)
-        if self._plan.longest > self._model.max_prompt_tokens:
-            raise SettingsError(f"the worker takes turns of at most {self._model.max_prompt_tokens} tokens")
-        self._words = vocabulary(self._model)
 
     @asynccontextmanager
     async def _worker(self, ready: list[float]) -> AsyncIterator[aio.Client]:
         began = perf_counter()
-        async with serving("apiary", self._flags, self._log) as (process, target):
+        async with self._workers.start() as (process, client):
             ready.append(perf_counter() - began)
-            async with aio.Client(target) as client:
-                yield client
+            yield client
             if self._plan.kill:
                 process.kill()
 
     async def _turn(self, client: aio.Client, session: str, number: int, tokens: int | None = None) -> First:
         """Take a session's n-th turn, from 1, and wait for its snapshot: it is not to be made beside the next
         turn."""
-        draw = random.Random(f"resume {session} {number}")  # noqa: S311 - repeatable, not secret
-        ids = draw.choices(self._words, k=tokens or self._plan.input)
-        stopping = Stopping(max_tokens=1, ignore_eos=True)
-        came, usage = None, None
-        sent = perf_counter()
-        async with aclosing(client.stream(token_ids=ids, session=session, stopping=stopping)) as stream:
-            async for delta in stream:
-                if delta.token_ids and came is None:
-                    came = perf_counter()
-                usage = delta.usage
-        if came is None or usage is None:
-            raise LoadError("an answer ended without a token")
+        ids = draw(self._model, f"resume {session} {number}", tokens or self._plan.input)
+        first, _ = await take(client, session, ids)
         await self._stored(number)
         self._ended()
-        return First(
-            seconds=came - sent, cached_tokens=usage.cached_tokens, rebuild_reason=usage.rebuild_reason
-        )
+        return first
 
     async def _stored(self, turns: int, sessions: int = 1) -> None:
         """Wait for the snapshots of so many sessions after so many turns, which their names tell."""
@@ -246,12 +203,3 @@ class _Restarts:
         except TimeoutError:
             raise LoadError(f"a turn had no snapshot after {_STORED:.0f} s") from None
         self._bytes = found[0].stat().st_size
-
-    def _cached(self, first: First, where: str) -> First:
-        """Check that the turn found its session's cache."""
-        if first.rebuild_reason is not None or first.cached_tokens < self._plan.history:
-            raise VoidError(
-                f"a turn {where} found {first.cached_tokens:,} tokens in its session's cache, and at least "
-                f"{self._plan.history:,} should be there (rebuild_reason: {first.rebuild_reason or 'none'})"
-            )
-        return first

@@ -84,7 +84,7 @@ class Engine:
         self._journal = journal
         self._archive = archive
         if archive is not None:
-            archive.start(loop.post, loop.residency.image, lambda: bool(scheduler.running))
+            archive.start(loop.post, loop.residency.image, lambda: self._working)
         self._admission = Admission(door, scheduler, loop, sessions, self._restorer)
         self._rotary = rotary
         self._warm = threading.Event()
@@ -178,6 +178,11 @@ class Engine:
         `loaded`."""
         saved = {} if self._archive is None else {"saved": self._archive.saved}
         return {**self._loop.residency.moves, **saved}
+
+    @property
+    def _working(self) -> bool:
+        """Whether somebody would notice that snapshots take time."""
+        return bool(self._scheduler.running) or self.keeper.busy
 
     @property
     def _busy(self) -> bool:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -58,6 +58,12 @@ class Keeper:
         self._sessions = sessions
         self._residency = residency
         self._loop = loop
+        self._changing: set[Future[Any]] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody waits for a change of a session, or a copy."""
+        return bool(self._changing)
 
     def create(
         self,
@@ -224,6 +230,8 @@ class Keeper:
         With `cache`, which may be stored, it is brought before.
         """
         held = self._sessions.begin_turn(tenant, id)
+        self._changing.add(done)
+        done.add_done_callback(self._changing.discard)
 
         def run(brought: Future[None] | None) -> None:
             try:

@@ -1,8 +1,8 @@
 """Keeps snapshots of caches up to date, in a thread of its own, and reads them.
 
 A snapshot may lag: the transcript that the journal stores is enough to compute what it lacks. So changes of a
-session that come quickly make one snapshot, and while turns run the thread takes no more than a small share
-of the time from them.
+session that come quickly make one snapshot, and while turns run, or sessions are forked, the thread takes no
+more than a small share of the time from them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _log = structlog.get_logger(__name__)
 _PATIENCE = 5.0  # seconds after which a write hangs
 _RETRY = 1.0  # seconds until a store that failed is tried again
 _LOOK = 0.05  # seconds between looks whether a session may be copied now
-_SHARE = 1 / 100  # of a processor, at most, while turns run
+_SHARE = 1 / 100  # of a processor, at most, while others work
 _HEAD = 2**17  # bytes that a snapshot may have beside those of the slot
 
 
@@ -97,7 +97,7 @@ class Archive:
         Args:
             post: has something done by the thread that owns the caches.
             copy: copies a session's committed cache to host memory, there.
-            busy: whether turns run.
+            busy: whether turns run, or sessions are changed.
         """
         self._post, self._copy, self._busy = post, copy, busy
         self._thread.start()

@@ -250,7 +250,10 @@ class Residency:
         return True
 
     def _store_oldest(self) -> bool:
-        """Leave the least recently used idle session to the store; False if it has none as it is yet."""
+        """Leave the least recently used idle session to the store; False if it has none as it is yet, or
+        turns in flight hold all slots: what is parked could only make room for those that are idle."""
+        if not self._idle:
+            return False
         unused = [session for session in (*self._parked.values(), *self._idle.values()) if not session.busy]
         for session in unused:
             if self._lower.release(session):

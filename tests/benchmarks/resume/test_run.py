@@ -14,8 +14,10 @@ import grpc
 import pytest
 
 from apiary_bench.errors import LoadError, SettingsError, VoidError
+from apiary_bench.own import worker
+from apiary_bench.own.turn import First
 from apiary_bench.resume import run as module
-from apiary_bench.resume.run import First, Plan, Repeat, Resume
+from apiary_bench.resume.run import Plan, Repeat, Resume
 from apiary_client import Capacity, Delta, FinishReason, Model, RebuildReason, Stopping, Usage, aio
 from apiary_client.errors import QueueFull
 from tests.benchmarks.serving.fake_client import MODEL, capacity
@@ -120,7 +122,7 @@ class FakeClient:
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> FakeWorkers:
     fakes = FakeWorkers()
-    monkeypatch.setattr(module, "serving", fakes.serving)
+    monkeypatch.setattr(worker, "serving", fakes.serving)
     monkeypatch.setattr(aio, "Client", lambda target: FakeClient(fakes))
     return fakes
 

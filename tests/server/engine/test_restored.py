@@ -3,6 +3,7 @@ said."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -342,6 +343,22 @@ def test_turns_that_come_together_wait_for_room(make: Make, make_engine: MakeEng
     close(engine)
 
 
+def test_who_waits_for_turns_in_flight_sends_nobody_to_the_store(make: Make) -> None:
+    engine = make(cache_budget=WORKSPACE + 5 * SLOT)
+    ids = [f"s{number}" for number in range(10)]
+    for id in ids:
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    saved(engine, *ids)
+    readers = [begin(engine, request("go on", id, max_tokens=40)) for id in ids[:6]]
+    run(engine, *readers)
+    assert all(reader.error is None for reader in readers)
+    moves = engine.moves()
+    assert moves["parked"] > 5, "there was less room than turns"
+    assert moves.get("stored", 0) == 0, "what is parked has no slot to give"
+    close(engine)
+
+
 def test_a_stored_session_can_be_forked(make: Make, make_engine: MakeEngine) -> None:
     calm, engine = make_engine(start=False), make()
     for each in (calm, engine):
@@ -382,6 +399,25 @@ def test_forks_wait_until_others_are_stored(make: Make) -> None:
         expected = expected or answer.token_ids
         assert (answer.token_ids, answer.usage.rebuild_reason) == (expected, None)
     close(engine)
+
+
+def test_snapshots_rest_while_a_session_is_forked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, begun = make(), threading.Event()
+    for id in ("a", "b"):
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    saved(engine, "a", "b")
+    archive(engine)._delay = 60
+    ask(engine, "go on", "b")
+    monkeypatch.setattr(archive(engine), "_save", lambda _: begun.set())
+    archive(engine)._rest_until = math.inf
+    forked = engine.keeper.fork("default", "a", "c")
+    archive(engine)._delay = 0
+    assert not begun.wait(0.3)
+    step(engine)
+    forked.result(10)
+    assert begun.wait(10)
+    close(engine, snapshots=False)
 
 
 def test_the_budget_of_snapshots_holds(make: Make, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from apiary_client.cli.bench import engine, interference, peers, quality, resume, roofline, serve
+from apiary_client.cli.bench import engine, fork, interference, peers, quality, resume, roofline, serve
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 
@@ -18,6 +18,7 @@ serve.register(app)
 engine.register(app)
 roofline.register(app)
 resume.register(app)
+fork.register(app)
 interference.register(app)
 quality.register(app)
 peers.register(app)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from apiary_client.cli import console
-from apiary_client.cli.bench.bars import Bars
 from apiary_client.cli.bench.options import (
     Backend,
     CacheDtype,
@@ -20,13 +17,8 @@ from apiary_client.cli.bench.options import (
     Threads,
     Weights,
 )
-from apiary_client.cli.bench.stopping import cancel_on_signals
+from apiary_client.cli.bench.own import Directory, flags, measured
 from apiary_client.cli.server_extra import server_extra
-
-if TYPE_CHECKING:
-    from apiary_bench.resume.run import Plan, Resume
-
-_WORKER = ("model", "policy", "weights", "backend", "cache_dtype", "threads")
 
 
 def register(app: typer.Typer) -> None:
@@ -53,18 +45,7 @@ def resume(
     kill: Annotated[
         bool, typer.Option("--kill", help="End workers by SIGKILL, once the snapshot is there.")
     ] = False,
-    directory: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            exists=True,
-            file_okay=False,
-            writable=True,
-            help="Store sessions there, and delete them at the end: the disk that is measured. "
-            "[dim]\\[default: where temporary files are][/dim]",
-            show_default=False,
-        ),
-    ] = None,
+    directory: Directory = None,
     json: JsonFile = None,
     model: Model = None,
     policy: Policy = None,
@@ -90,29 +71,14 @@ def resume(
     """
     with server_extra("bench"):
         from apiary_bench import document
-        from apiary_bench.resume import report
-        from apiary_bench.resume.run import Plan
+        from apiary_bench.resume import report, run
 
-        plan = Plan(history=history, input=input, turns=turns, others=others, repeats=repeats, kill=kill)
-        given = {name: context.params[name] for name in _WORKER if context.params[name] is not None}
-        flags = {f"--{name.replace('_', '-')}": str(value) for name, value in given.items()}
+        plan = run.Plan(history=history, input=input, turns=turns, others=others, repeats=repeats, kill=kill)
         if json is not None:
             document.require(json)
-        try:
-            found = asyncio.run(_run(plan, flags, directory))
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            console.note("stopped; nothing is reported")
-            raise typer.Exit(130) from None
+        found = measured(lambda bars: run.run(plan, flags(context), bars, directory))
         console.write(f"{report.heading(plan, found)}\n")
         console.table(report.first_tokens(found))
         console.table(report.ratios(found))
         if json is not None:
-            document.write(json, report.document(plan, flags, found))
-
-
-async def _run(plan: Plan, flags: dict[str, str], directory: Path | None) -> Resume:
-    from apiary_bench.resume import run
-
-    cancel_on_signals()
-    with Bars() as bars:
-        return await run.run(plan, flags, bars, directory)
+            document.write(json, report.document(plan, flags(context), found))

@@ -1,0 +1,1 @@
+"""What forks of a session cost, and that all of them answer."""

@@ -1,0 +1,1 @@
+"""Workers that a measurement starts for itself, and turns of their sessions."""

@@ -1,0 +1,97 @@
+"""`apiary bench fork`: the command; its parts have their own tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from apiary_bench.errors import VoidError
+from apiary_bench.fork import run as module
+from apiary_bench.fork.run import Forks, Plan
+from apiary_client.cli.app import app
+from tests.benchmarks.fork.test_run import FOUND
+
+Invoke = Callable[..., Result]
+Asked = tuple[Plan, dict[str, str], Path | None]
+
+
+@pytest.fixture
+def invoke() -> Invoke:
+    """Run the command in this process."""
+    return lambda *arguments: CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bench", "fork", *arguments])
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked | BaseException]:
+    """What is asked for; an exception in it is raised instead."""
+    asked: list[Asked | BaseException] = []
+
+    async def run(plan: Plan, flags: Mapping[str, str], observe: Any, directory: Path | None) -> Forks:
+        if asked and isinstance(asked[0], BaseException):
+            raise asked[0]
+        asked.append((plan, dict(flags), directory))
+        return FOUND
+
+    monkeypatch.setattr(module, "run", run)
+    return asked
+
+
+def test_the_options_are_the_plan_and_the_worker_s_flags(
+    invoke: Invoke, asked: list[Asked], tmp_path: Path
+) -> None:
+    plan = "--history 20 --forks 4 --holds 3 --input 5 --output 2 --concurrency 6"
+    worker = "--model m --policy buzz --weights int8 --backend cpu --cache-dtype bfloat16 --threads 1"
+    assert invoke(*plan.split(), *worker.split(), "--directory", str(tmp_path)).exit_code == 0
+    assert invoke().exit_code == 0
+    flags = dict(zip(worker.split()[::2], worker.split()[1::2], strict=True))
+    assert asked == [
+        (Plan(history=20, forks=4, holds=3, input=5, output=2, concurrency=6), flags, tmp_path),
+        (Plan(history=3000, forks=100, holds=20, input=32, output=8, concurrency=16), {}, None),
+    ]
+
+
+def test_a_report_is_printed_and_written(invoke: Invoke, asked: list[Asked], tmp_path: Path) -> None:
+    path = tmp_path / "fork.json"
+    result = invoke("--json", str(path))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("100 forks of a session of 3,000 tokens, one after the other, ")
+    for row in ("beyond the budget", "first token, milliseconds", "answered, all alike"):
+        assert row in result.stdout
+    content = json.loads(path.read_text())
+    assert content["summary"]["fork"] == pytest.approx(0.009)
+    assert len(content["forks"]) == 5
+
+
+def test_void_is_told_in_one_line(invoke: Invoke, asked: list[Any], tmp_path: Path) -> None:
+    asked.append(VoidError("a fork did not answer"))
+    result = invoke("--json", str(tmp_path / "fork.json"))
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: a fork did not answer\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "why"),
+    [
+        (["--json", "nowhere/at/all.json"], 1, "nowhere/at is no directory"),
+        (["--forks", "0"], 2, "Invalid value for '--forks'"),
+        (["--holds", "1"], 2, "Invalid value for '--holds'"),
+        (["--directory", "nowhere"], 2, "Invalid value for '--directory'"),
+    ],
+)
+def test_what_cannot_be_is_told(invoke: Invoke, arguments: list[str], code: int, why: str) -> None:
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert why in result.stderr
+
+
+def test_a_run_that_is_stopped_reports_nothing(invoke: Invoke, asked: list[Any], tmp_path: Path) -> None:
+    asked.append(KeyboardInterrupt())
+    result = invoke("--json", str(tmp_path / "fork.json"))
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr == "stopped; nothing is reported\n"
+    assert list(tmp_path.iterdir()) == []
