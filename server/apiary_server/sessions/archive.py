@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from apiary_server.errors import SnapshotRefused
+from apiary_server.sessions.compression import Bits, Compression
 from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.restored import Restored, restore
@@ -46,6 +47,7 @@ class Archive:
         origin: whose caches they are.
         rotary: the model's.
         delay: seconds for which a session must have been left alone.
+        bits: to which snapshots are compressed; None: they are exact.
 
     Attributes:
         shelf: as given.
@@ -53,7 +55,13 @@ class Archive:
     """
 
     def __init__(
-        self, sessions: SessionManager, shelf: Shelf, origin: Origin, rotary: Rotary, delay: float
+        self,
+        sessions: SessionManager,
+        shelf: Shelf,
+        origin: Origin,
+        rotary: Rotary,
+        delay: float,
+        bits: Bits | None = None,
     ) -> None:
         self.shelf = shelf
         self._sessions = sessions
@@ -61,6 +69,7 @@ class Archive:
         self._origin = origin
         self._rotary = rotary
         self._delay = delay
+        self._compression = None if bits is None else Compression(bits, rotary)
         self._changed = threading.Condition()
         self._dirty: OrderedDict[int, tuple[Session, float]] = OrderedDict()  # longest unchanged first
         self._urgent: dict[int, Session] = {}
@@ -217,7 +226,7 @@ class Archive:
         elif not image.turns:
             done = True
         else:
-            parts = encode(image, self._origin)
+            parts = encode(image, self._origin, compression=self._compression)
             with self._writing():
                 self.saved += self.shelf.put(session, image.epoch, image.turns, parts)
             done = True
