@@ -218,7 +218,7 @@ def _archive(
     bits, head_dim = settings.snapshot_bits, loaded.geometry.head_dim
     if bits is not None and head_dim % GROUP:
         raise ValueError(
-            f"snapshot_bits quantises {GROUP} channels together, and the heads of this model have "
+            f"--snapshot-bits quantises {GROUP} channels together, and the heads of this model have "
             f"{head_dim}, which is no multiple of that: leave it out"
         )
     shelf = Shelf(stores.snapshots, settings.stored_budget, settings.checkpoints)

@@ -28,6 +28,7 @@ from apiary_server.sessions.session import Session
 from apiary_server.sessions.shelf import Shelf
 from apiary_server.sessions.snapshot import Image, Origin, decode, encode
 from apiary_server.sessions.store import StoreError
+from apiary_server.threads import alone
 from buzz import Rotary
 
 _log = structlog.get_logger(__name__)
@@ -78,6 +79,7 @@ class Archive:
         self._rest_until = 0.0
         self._failed = False
         self._writing_since: float | None = None
+        self._alone = threading.Event()
         self._thread = threading.Thread(target=self._run, name="archive", daemon=True)
         sessions.watchers.append(self.note)
 
@@ -102,6 +104,7 @@ class Archive:
         """
         self._post, self._copy, self._busy = post, copy, busy
         self._thread.start()
+        self._alone.wait()
 
     def note(self, session: Session) -> None:
         """A session changed: its turns, or it was deleted."""
@@ -164,6 +167,8 @@ class Archive:
             _log.warning("some caches have no snapshot: they will be computed anew", count=len(self._dirty))
 
     def _run(self) -> None:
+        alone()
+        self._alone.set()
         while True:
             with self._changed:
                 if self._deadline is not None:

@@ -22,7 +22,6 @@ from buzz.quant import BLOCK, GROUP, Packed
 
 Bits = Literal[2, 4]  # of `buzz.quant`
 RESIDUAL = 128  # entries that stay in full
-_SERIAL = 2**15 - 1  # numbers that torch computes in the thread that asks, without others
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +40,21 @@ class Compression:
     ) -> tuple[CacheState, dict[str, Tensor]]:
         """A cache with its first entries in few bits, from one that this helps.
 
-        Computed piece by piece in this thread alone: the other processors are for steps.
-
         Args:
             state: of the cache.
             tensors: what is in use of its slot, in host memory.
         """
         keys, values, position = (tensors[name] for name in ("keys", "values", "position"))
         layers, heads, n, head_dim = keys.shape
-        count, size = n - RESIDUAL, max(1, _SERIAL // (heads * head_dim))
-        wide = torch.promote_types(keys.dtype, torch.float32)
+        count, wide = n - RESIDUAL, torch.promote_types(keys.dtype, torch.float32)
         shapes = Packed.shapes(layers, heads, count, head_dim, self.bits)
         few = {name: torch.empty(shape, dtype=dtype) for name, dtype, shape in shapes}
         packed = Packed.of(few)
-        pieces = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         for layer in range(layers):
-            place = torch.arange(n)[None] if state.rotated_in_cache else position[layer]
-            plain = [self.rotary.rotate(keys[layer, :, piece].to(wide), -place[:, piece]) for piece in pieces]
-            ends = [end for piece in plain for end in piece.aminmax(dim=-2, keepdim=True)]
-            packed.measure(layer, torch.cat(ends, dim=-2))
-            for piece, unrotated in zip(pieces, plain, strict=True):
-                packed.write(layer, piece.start, unrotated, values[layer, :, piece].to(wide))
+            place = torch.arange(n) if state.rotated_in_cache else position[layer]
+            unrotated = self.rotary.rotate(keys[layer, :, :count].to(wide), -place[..., :count])
+            packed.measure(layer, unrotated)
+            packed.write(layer, 0, unrotated, values[layer, :, :count].to(wide))
         last = {"keys": keys[:, :, count:], "values": values[:, :, count:]}
         return replace(state, packed=count, measured=True), {**tensors, **last, **few}
 
