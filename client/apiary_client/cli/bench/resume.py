@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,7 +26,7 @@ from apiary_client.cli.server_extra import server_extra
 if TYPE_CHECKING:
     from apiary_bench.resume.run import Plan, Resume
 
-_WORKER = ("model", "policy", "weights", "backend", "cache_dtype", "threads")
+_WORKER = ("model", "policy", "weights", "backend", "cache_dtype", "snapshot_bits", "threads")
 
 
 def register(app: typer.Typer) -> None:
@@ -71,6 +71,10 @@ def resume(
     weights: Weights = None,
     backend: Backend = None,
     cache_dtype: CacheDtype = None,
+    snapshot_bits: Annotated[
+        Literal["2", "4"] | None,
+        typer.Option(help="Of most entries in snapshots; default exact.", rich_help_panel="Worker"),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """How soon a session answers after its worker was started again.
