@@ -11,12 +11,13 @@ import torch
 
 from apiary_server.engine.engine import Engine
 from apiary_server.errors import SnapshotRefused
-from apiary_server.sessions.compression import RESIDUAL, Compression
+from apiary_server.sessions.compression import RESIDUAL, Compression, compressed
 from apiary_server.sessions.info import RebuildReason
+from apiary_server.sessions.pool import Geometry, SlotLayout
 from apiary_server.sessions.restored import Restored, restore
 from apiary_server.sessions.session import Session
 from apiary_server.sessions.snapshot import Image, Manifest, Origin, decode, encode
-from buzz import Rotary
+from buzz import CacheState, Rotary
 from tests import tiny
 from tests.server.driver import ask, create, session
 
@@ -210,6 +211,15 @@ def test_a_quantised_cache_is_never_compressed(stored: Callable[..., Stored]) ->
     assert before.restored(manifest, tensors).state.packed > 0
     with pytest.raises(SnapshotRefused, match="never compressed"):
         before.restored(manifest.model_copy(update={"bits": 4}), tensors)
+
+
+def test_heads_that_cannot_be_grouped_have_no_such_slot() -> None:
+    state = CacheState(200, 0, 200, 0, True, packed=72, measured=True)
+    narrow = SlotLayout(Geometry(2, 2, 8, torch.float32), 300, 0)
+    with pytest.raises(SnapshotRefused, match="never compressed"):
+        compressed(narrow, state, 4)
+    wide = replace(narrow, geometry=replace(narrow.geometry, head_dim=64))
+    assert compressed(wide, state, 4).packed == 72
 
 
 def test_only_known_bits_are_read(stored: Callable[..., Stored]) -> None:
