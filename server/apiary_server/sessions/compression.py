@@ -2,7 +2,8 @@
 came last. What comes back is near to what was, not equal.
 
 A compressed snapshot is one of the same cache as if it lay in a slot for quantised entries, and is checked as
-such. Caches that have quantised entries anyway stay as they are: what they have in full came last as well.
+such; positions and states are exact. Caches whose policy quantises stay as they are: what they have in full
+came last as well.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def restore(
     if manifest.bits is not None:
         layout = compressed(layout, state, manifest.bits)
     evicted = state.evicted and not policy.evicts
-    quantised = (state.packed and not state.measured) or (state.measured and layout.bits is None)
-    if state.n > policy.bound or state.sampled > state.n or evicted or quantised:
+    impossible = (state.packed and not state.measured) or (state.measured and layout.bits is None)
+    if state.n > policy.bound or state.sampled > state.n or evicted or impossible:
         raise SnapshotRefused(f"{state} is no state of {policy}", RebuildReason.SNAPSHOT_CORRUPT)
     check(layout, state, tensors)
     if manifest.bits is not None:
