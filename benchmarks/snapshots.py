@@ -11,14 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from apiary_bench.quality import data
@@ -31,8 +35,10 @@ from apiary_server.model.runner import Piece, Runner
 from apiary_server.sessions.compression import Bits, Compression, expand
 from apiary_server.sessions.pool import Lease, SlotClass, SlotLayout
 from apiary_server.sessions.snapshot import Image, Origin, decode, encode, fill
-from buzz import Cache, Policy, parse
+from apiary_server.threads import alone, apart
+from buzz import Cache, CacheState, Policy, parse
 
+T = TypeVar("T")
 KINDS: tuple[Bits | None, ...] = (None, 4, 2)
 ORIGIN = Origin("", "")
 STEP = 256  # tokens of a history's forward passes
@@ -44,12 +50,16 @@ class Found:
 
     Attributes:
         sizes: bytes of the snapshot.
+        writes: seconds of one processor that it took to make, without the disk.
+        reads: seconds of one processor to check and expand it.
         losses: mean negative log-likelihood of the text that follows, in nats.
         tops: the likeliest next token at each place of that text.
         answers: greedy tokens behind the first turn of it.
     """
 
     sizes: list[int] = field(default_factory=list)
+    writes: list[float] = field(default_factory=list)
+    reads: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     tops: list[list[int]] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
@@ -57,13 +67,15 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Snapshots of a policy and a kind beside exact ones: means over the segments; of answers, the tokens
-    before the first other one, and the share of answers that have none."""
+    """Snapshots of a policy and a kind beside exact ones: means over the segments, medians of
+    milliseconds; of answers, the tokens before the first other one, and the share that has none."""
 
     policy: str
     bits: int | None
     mebibytes: float
     smaller: float
+    write_ms: float
+    read_ms: float
     loss: float
     more_loss: Estimate
     agreement: float
@@ -96,15 +108,19 @@ class Sessions:
     ) -> None:
         """Note what follows a snapshot of the image."""
         compression = None if bits is None else Compression(bits, self._loaded.rotary)
-        snapshot = b"".join(encode(image, ORIGIN, compression=compression))
+        parts, seconds = _timed(lambda: encode(image, ORIGIN, compression=compression))
+        snapshot = b"".join(parts)
         to.sizes.append(len(snapshot))
-        cache, fed = self._restored(snapshot), text[:-1]
+        to.writes.append(seconds)
+        (state, tensors), seconds = _timed(lambda: self._decoded(snapshot))
+        to.reads.append(seconds)
+        cache, fed = self._restored(state, tensors), text[:-1]
         behind = torch.cat(
             [self._read(cache, fed[start : start + turn]) for start in range(0, len(fed), turn)]
         )
         to.losses.append(float(cross_entropy(behind, torch.tensor(text[1:]))))
         to.tops.append(behind.argmax(dim=-1).tolist())
-        cache = self._restored(snapshot)
+        cache = self._restored(state, tensors)
         tokens = [int(self._read(cache, text[:turn])[-1].argmax())]
         while len(tokens) < answer:
             cache.begin_segment(1)
@@ -113,19 +129,21 @@ class Sessions:
             tokens.append(int(row.argmax()))
         to.answers.append(tokens)
 
-    def _restored(self, snapshot: bytes) -> Cache:
+    def _decoded(self, snapshot: bytes) -> tuple[CacheState, Mapping[str, Tensor]]:
         manifest, tensors = decode(snapshot, ORIGIN)
         if manifest.counts is None:
             raise ValueError("a snapshot without a cache")
-        state = manifest.counts.state
-        if manifest.bits is not None:
-            state, tensors = expand(state, tensors, self._loaded.rotary)
+        if manifest.bits is None:
+            return manifest.counts.state, tensors
+        return expand(manifest.counts.state, tensors, self._loaded.rotary)
+
+    def _restored(self, state: CacheState, tensors: Mapping[str, Tensor]) -> Cache:
         fill(self._slot.memory, self._layout, state, tensors)
         cache = Cache(self.policy, self._loaded.rotary, self._slot.buffers(self.policy.states))
         cache.restore(state)
         return cache
 
-    def _read(self, cache: Cache, tokens: list[int]) -> torch.Tensor:
+    def _read(self, cache: Cache, tokens: list[int]) -> Tensor:
         """The logits behind each token of a turn."""
         cache.begin_segment(len(tokens))
         cache.prepare(len(tokens))
@@ -135,6 +153,17 @@ class Sessions:
         cache.append(len(tokens))
         cache.end_segment()
         return logits
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    """What comes of it, and seconds of the processor, in a thread such as a worker has for snapshots."""
+
+    def timed() -> tuple[T, float]:
+        alone()
+        began = time.thread_time()
+        return work(), time.thread_time() - began
+
+    return apart(timed)
 
 
 def _place(layout: SlotLayout) -> Lease:
@@ -153,6 +182,8 @@ def row(policy: Policy, bits: Bits | None, found: Found, exact: Found) -> Row:
         bits=bits,
         mebibytes=float(np.mean(found.sizes)) / 2**20,
         smaller=sum(exact.sizes) / sum(found.sizes),
+        write_ms=1000 * float(np.median(found.writes)),
+        read_ms=1000 * float(np.median(found.reads)),
         loss=float(losses.mean()),
         more_loss=difference(losses, before, mean, seed=0),
         agreement=float((np.array(found.tops) == np.array(exact.tops)).mean()),
@@ -202,7 +233,17 @@ def main() -> None:
         policy = parse(spec).resolve(loaded.rotary.max_positions)
         rows += measure(loaded, policy, tokens, arguments)
     table = Table(
-        "policy", "bits", "MiB", "smaller", "loss", "more loss", "same top", "same tokens", "same answers"
+        "policy",
+        "bits",
+        "MiB",
+        "smaller",
+        "write ms",
+        "read ms",
+        "loss",
+        "more loss",
+        "same top",
+        "same tokens",
+        "same answers",
     )
     for each in rows:
         more = each.more_loss
@@ -211,6 +252,8 @@ def main() -> None:
             str(each.bits or "exact"),
             f"{each.mebibytes:.1f}",
             f"{each.smaller:.1f}x",
+            f"{each.write_ms:.1f}",
+            f"{each.read_ms:.1f}",
             f"{each.loss:.4f}",
             f"{more.value:+.4f} [{more.low:+.4f}, {more.high:+.4f}]",
             f"{each.agreement:.1%}",

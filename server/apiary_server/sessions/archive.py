@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 
 import structlog
@@ -81,6 +81,7 @@ class Archive:
         self._writing_since: float | None = None
         self._alone = threading.Event()
         self._thread = threading.Thread(target=self._run, name="archive", daemon=True)
+        self._restoring = ThreadPoolExecutor(1, "restoring", initializer=alone)
         sessions.watchers.append(self.note)
 
     @property
@@ -105,6 +106,7 @@ class Archive:
         self._post, self._copy, self._busy = post, copy, busy
         self._thread.start()
         self._alone.wait()
+        self._restoring.submit(int).result()  # so that the thread is there
 
     def note(self, session: Session) -> None:
         """A session changed: its turns, or it was deleted."""
@@ -277,4 +279,5 @@ class Archive:
             raise SnapshotRefused("it is gone", reason)
         manifest, tensors = decode(data, self._origin)
         self._origin.check(manifest)
-        return restore(session, turns, manifest, tensors, self._rotary)
+        restored = self._restoring.submit(restore, session, turns, manifest, tensors, self._rotary)
+        return restored.result()
