@@ -178,8 +178,8 @@ def serve(
             _STATE,
             "2|4",
             "",
-            "Store caches with all but their last 128 entries in so few bits. Smaller, but not what they "
-            "were: after a session's cache came back, its answers may differ from those without that.",
+            "Store caches with all but their last 128 entries in so few bits. Smaller, but no longer exact: "
+            "after a cache came back, answers may differ from those of an uninterrupted session.",
         ),
     ] = None,
     snapshot_key_file: Annotated[
