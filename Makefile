@@ -44,6 +44,10 @@ bench: model ## Measure the bare engine: tokens per second; flags, or another ex
 bench-policies: model ## Measure what each cache policy costs of a decode step; flags in ARGS
 	@$(bin)/python benchmarks/policies.py --model $(MODEL) $(ARGS)
 
+.PHONY: bench-snapshots
+bench-snapshots: model ## Measure what compressed snapshots change, on the evaluation files in DATA; flags in ARGS
+	@$(bin)/python benchmarks/snapshots.py --model $(MODEL) --data $(DATA) $(ARGS)
+
 .PHONY: bench-quality
 bench-quality: model ## Measure what cache policies cost in quality on the evaluation files in DATA; flags in ARGS
 	@$(bin)/apiary bench quality --model $(MODEL) --data $(DATA) $(ARGS)

@@ -23,7 +23,7 @@ PACKAGES = {"buzz": ROOT / "buzz"} | {
 }
 MAY_IMPORT = {  # of our own; rpc -> engine -> sessions, model -> buzz
     "buzz": {"buzz"},
-    "sessions": {"sessions", "buzz", "words"},
+    "sessions": {"sessions", "buzz", "words", "threads"},
     "model": {"model", "sessions", "buzz", "words"},
     "engine": {"engine", "model", "sessions", "buzz", "words"},
     "rpc": {"rpc", "engine", "sessions", "words", "settings", "telemetry", "apiary.v1"},

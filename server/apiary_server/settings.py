@@ -47,6 +47,11 @@ def parse_weights(value: object) -> object:
     return weights
 
 
+def parse_digit(value: object) -> object:
+    """Turn `4` as text into the number."""
+    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]", value) else value
+
+
 def _loopback(host: str) -> bool:
     """Whether only this machine can reach it. Other names than localhost may resolve to anything."""
     try:
@@ -127,6 +132,9 @@ class Settings(BaseSettings):
     )
     snapshot_key_file: FilePath | None = Field(
         None, description="its bytes sign snapshots, and others are refused"
+    )
+    snapshot_bits: Annotated[Literal[2, 4], BeforeValidator(parse_digit)] | None = Field(
+        None, description="snapshots have most entries in so few bits; answers after a restore may differ"
     )
     stored_budget: Bytes = Field(16 * 2**30, description="of all snapshots; the least recently used go first")
     checkpoints: int = Field(

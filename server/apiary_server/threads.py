@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 _T = TypeVar("_T")
 
 
@@ -19,3 +21,12 @@ def apart(work: Callable[[], _T]) -> _T:
     """
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(work).result()
+
+
+def alone() -> None:
+    """Have torch compute in this thread, without OpenMP workers, whatever it asks from now on: for a thread
+    that lives long, and has time. No other thread should do its first parallel work meanwhile.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread; but also of all that have not done any such work
+    apart(lambda: torch.set_num_threads(threads))

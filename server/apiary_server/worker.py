@@ -128,7 +128,8 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
 
     Raises:
         InvalidField: the default policy is malformed or does not fit.
-        ValueError: the cache budget is too small, or more than there is.
+        ValueError: the cache budget is too small, or more than there is, or the model's caches cannot be
+            compressed.
         StoreError: the state directory, or the store, cannot be used.
     """
     device = loaded.backend.device
@@ -214,10 +215,16 @@ def _archive(
     """Take up the snapshots of the stored sessions, and make others from now on."""
     if stores is None:
         return None
+    bits, head_dim = settings.snapshot_bits, loaded.geometry.head_dim
+    if bits is not None and head_dim % GROUP:
+        raise ValueError(
+            f"--snapshot-bits quantises {GROUP} channels together, and the heads of this model have "
+            f"{head_dim}, which is no multiple of that: leave it out"
+        )
     shelf = Shelf(stores.snapshots, settings.stored_budget, settings.checkpoints)
     shelf.take_up(reversed(sessions.latest()))
     delay = settings.snapshot_delay if settings.durability == "idle" else 0.0
-    return Archive(sessions, shelf, origin, loaded.rotary, delay)
+    return Archive(sessions, shelf, origin, loaded.rotary, delay, bits)
 
 
 def _device(name: str) -> torch.device:

@@ -177,6 +177,13 @@ def test_half_of_tls_is_refused(name: str, tmp_path: Path) -> None:
     refused("tls_cert_file and tls_key_file go together", **{name: __file__})
 
 
+def test_snapshots_have_two_or_four_bits_or_all() -> None:
+    assert Settings.load().snapshot_bits is None
+    assert [Settings.load(snapshot_bits=bits).snapshot_bits for bits in ("2", "4", 4)] == [2, 4, 4]
+    refused("2 or 4", snapshot_bits="3")
+    refused("2 or 4", snapshot_bits="four")
+
+
 def test_a_store_is_a_url_that_nobody_sees() -> None:
     url = "valkey://:s3cret@bees:6379/0?namespace=hive"
     settings = Settings.load(store=url)

@@ -172,6 +172,16 @@ def serve(
     store_patience: Annotated[
         str | None, _flag(_STATE, "SECONDS", "2", "How long an answer's end waits for a store that hangs.")
     ] = None,
+    snapshot_bits: Annotated[
+        str | None,
+        _flag(
+            _STATE,
+            "2|4",
+            "",
+            "Store caches with all but their last 128 entries in so few bits. Smaller, but no longer exact: "
+            "after a cache came back, answers may differ from those of an uninterrupted session.",
+        ),
+    ] = None,
     snapshot_key_file: Annotated[
         str | None, _flag(_STATE, "FILE", "", "Key that signs stored caches; others are refused.")
     ] = None,

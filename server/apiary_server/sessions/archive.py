@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 
 import structlog
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from apiary_server.errors import SnapshotRefused
+from apiary_server.sessions.compression import Bits, Compression
 from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.restored import Restored, restore
@@ -27,6 +28,7 @@ from apiary_server.sessions.session import Session
 from apiary_server.sessions.shelf import Shelf
 from apiary_server.sessions.snapshot import Image, Origin, decode, encode
 from apiary_server.sessions.store import StoreError, reason
+from apiary_server.threads import alone
 from buzz import Rotary
 
 _log = structlog.get_logger(__name__)
@@ -46,6 +48,7 @@ class Archive:
         origin: whose caches they are.
         rotary: the model's.
         delay: seconds for which a session must have been left alone.
+        bits: to which snapshots are compressed; None: they are exact.
 
     Attributes:
         shelf: as given.
@@ -53,7 +56,13 @@ class Archive:
     """
 
     def __init__(
-        self, sessions: SessionManager, shelf: Shelf, origin: Origin, rotary: Rotary, delay: float
+        self,
+        sessions: SessionManager,
+        shelf: Shelf,
+        origin: Origin,
+        rotary: Rotary,
+        delay: float,
+        bits: Bits | None = None,
     ) -> None:
         self.shelf = shelf
         self._sessions = sessions
@@ -61,6 +70,7 @@ class Archive:
         self._origin = origin
         self._rotary = rotary
         self._delay = delay
+        self._compression = None if bits is None else Compression(bits, rotary)
         self._changed = threading.Condition()
         self._dirty: OrderedDict[int, tuple[Session, float]] = OrderedDict()  # longest unchanged first
         self._urgent: dict[int, Session] = {}
@@ -70,7 +80,9 @@ class Archive:
         self._errors: dict[int | None, str] = {}  # what failed last, by dirty session; deletions have none
         self._failed = False  # something else did since the last write that did not
         self._writing_since: float | None = None
+        self._alone = threading.Event()
         self._thread = threading.Thread(target=self._run, name="archive", daemon=True)
+        self._restoring = ThreadPoolExecutor(1, "restoring", initializer=alone)
         sessions.watchers.append(self.note)
 
     @property
@@ -101,6 +113,8 @@ class Archive:
         """
         self._post, self._copy, self._busy = post, copy, busy
         self._thread.start()
+        self._alone.wait()
+        self._restoring.submit(int).result()  # so that the thread is there
 
     def note(self, session: Session) -> None:
         """A session changed: its turns, or it was deleted."""
@@ -171,6 +185,8 @@ class Archive:
         return since is not None and time.monotonic() - since > _PATIENCE
 
     def _run(self) -> None:
+        alone()
+        self._alone.set()
         while True:
             with self._changed:
                 if self._deadline is not None:
@@ -228,7 +244,7 @@ class Archive:
             else:
                 done = True
                 if image.turns:
-                    parts = encode(image, self._origin)
+                    parts = encode(image, self._origin, compression=self._compression)
                     with self._writing():
                         self.saved += self.shelf.put(session, image.epoch, image.turns, parts)
                     self._failed = False
@@ -304,4 +320,5 @@ class Archive:
             raise SnapshotRefused("it is gone", reason)
         manifest, tensors = decode(data, self._origin)
         self._origin.check(manifest)
-        return restore(session, turns, manifest, tensors, self._rotary)
+        restored = self._restoring.submit(restore, session, turns, manifest, tensors, self._rotary)
+        return restored.result()

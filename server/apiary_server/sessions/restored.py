@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from apiary_server.errors import SnapshotRefused
+from apiary_server.sessions.compression import compressed, expand
 from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.pool import Lease
 from apiary_server.sessions.session import Session
@@ -36,7 +37,8 @@ class Restored:
 def restore(
     session: Session, turns: int, manifest: Manifest, tensors: Mapping[str, Tensor], rotary: Rotary
 ) -> Restored:
-    """Check that a snapshot is the cache that a session had after so many turns.
+    """Check that a snapshot is the cache that a session had after so many turns, or near to it where it was
+    compressed.
 
     Args:
         session: whose turn the caller has.
@@ -56,8 +58,14 @@ def restore(
     if manifest.counts is None or manifest.counts.seen != seen:
         raise SnapshotRefused(f"it has no cache of {seen} tokens", RebuildReason.SNAPSHOT_CORRUPT)
     state, policy = manifest.counts.state, session.policy
+    layout = session.layout
+    if manifest.bits is not None:
+        layout = compressed(layout, state, manifest.bits)
     evicted = state.evicted and not policy.evicts
-    if state.n > policy.bound or state.sampled > state.n or evicted or (state.packed and not state.measured):
+    impossible = (state.packed and not state.measured) or (state.measured and layout.bits is None)
+    if state.n > policy.bound or state.sampled > state.n or evicted or impossible:
         raise SnapshotRefused(f"{state} is no state of {policy}", RebuildReason.SNAPSHOT_CORRUPT)
-    check(session.layout, state, tensors)
+    check(layout, state, tensors)
+    if manifest.bits is not None:
+        state, tensors = expand(state, tensors, rotary)
     return Restored(state, tensors, rotary)

@@ -29,6 +29,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from apiary_server.errors import SnapshotRefused
+from apiary_server.sessions.compression import Bits, Compression
 from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.pool import SlotLayout
 from apiary_server.sessions.session import Session
@@ -70,6 +71,7 @@ class Manifest(BaseModel):
         turns: how many of the session's turns it has.
         history: digest of those turns, see `history`.
         counts: of the cache; None: there is none, but something else, see `encode`.
+        bits: to which it was compressed; None, and then not written: its tensors are as they were.
         signed: whether the seal is by a key.
         size: bytes of the tensors.
         sha256: of the tensors, in hexadecimal digits.
@@ -83,6 +85,7 @@ class Manifest(BaseModel):
     turns: int = Field(ge=0)
     history: str
     counts: Counts | None
+    bits: Bits | None = None
     signed: bool
     size: int = Field(ge=0)
     sha256: str
@@ -151,9 +154,25 @@ def without_cache(session: Session) -> Image:
     )
 
 
-def encode(image: Image, origin: Origin, more: Mapping[str, Tensor] | None = None) -> Sequence[bytes]:
-    """The bytes of a snapshot, in parts; `more` tensors, in host memory, may go with the cache's."""
-    live = {} if image.state is None else _live(image.layout, image.state, image.slot)
+def encode(
+    image: Image,
+    origin: Origin,
+    more: Mapping[str, Tensor] | None = None,
+    compression: Compression | None = None,
+) -> Sequence[bytes]:
+    """The bytes of a snapshot, in parts.
+
+    Args:
+        image: the cache, if there is one.
+        origin: the worker's.
+        more: tensors, in host memory, that go with the cache's.
+        compression: where it helps, the cache is compressed.
+    """
+    state, bits = image.state, None
+    live = {} if state is None else _live(image.layout, state, image.slot)
+    if compression is not None and state is not None and compression.helps(image.layout, state):
+        bits = compression.bits
+        state, live = compression.compress(state, live)
     tensors = save({name: _copy(tensor) for name, tensor in live.items()} | dict(more or {}))
     manifest = Manifest(
         model=origin.model,
@@ -161,12 +180,13 @@ def encode(image: Image, origin: Origin, more: Mapping[str, Tensor] | None = Non
         policy=image.policy,
         turns=image.turns,
         history=image.history,
-        counts=None if image.state is None else Counts(**asdict(image.state)),
+        counts=None if state is None else Counts(**asdict(state)),
+        bits=bits,
         signed=origin.key is not None,
         size=len(tensors),
         sha256=hashlib.sha256(tensors).hexdigest(),
     )
-    text = manifest.model_dump_json().encode()
+    text = manifest.model_dump_json(exclude_defaults=True).encode()
     head = _HEAD.pack(_MAGIC, VERSION, len(text)) + text
     return head, _seal(head, origin.key), tensors
 

@@ -315,7 +315,16 @@ def test_of_many_bad_turns_the_first_is_told(make_engine: MakeEngine) -> None:
         engine.porter.take_in("default", "b", sealed).result(10)
 
 
-@pytest.mark.parametrize("counts", [{"sampled": 900}, {"n": 31}, {"measured": False, "packed": 1}])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"sampled": 900},
+        {"n": 31},
+        {"measured": False, "packed": 1},
+        {"measured": True},
+        {"measured": True, "packed": 1},
+    ],
+)
 def test_a_cache_that_the_policy_never_makes_is_refused(
     make_engine: MakeEngine, counts: dict[str, int]
 ) -> None:

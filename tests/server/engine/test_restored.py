@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from apiary_server import errors
 from apiary_server.engine.engine import Engine
 from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.info import RebuildReason, State
 from apiary_server.sessions.request import SessionChange
+from apiary_server.sessions.snapshot import decode
 from apiary_server.sessions.store import StoreError
+from tests import tiny
 from tests.server.driver import Reader, ask, begin, create, outcome, request, run, same, session, state, step
 
 MakeEngine = Callable[..., Engine]
@@ -173,6 +176,52 @@ def test_an_earlier_snapshot_is_better_than_none(make: Make, tmp_path: Path) -> 
     assert usage.rebuild_reason is RebuildReason.SNAPSHOT_CORRUPT
     assert usage.cached_tokens > 100
     close(other)
+
+
+@pytest.mark.parametrize(("written", "read"), [(4, None), (4, 2), (None, 4)])
+def test_snapshots_of_any_bits_are_read(
+    make: Make, tmp_path: Path, written: int | None, read: int | None
+) -> None:
+    model = str(tiny.save(tmp_path, tiny.config(head_dim=32)))
+    narrow = {"model": model, "policy": "full(bound=500)", "cache_budget": 2**25, "workspace_entries": 700}
+    engine = make(snapshot_bits=written, **narrow)
+    create(engine, "a")
+    ask(engine, 2 * PROMPT, "a")
+    before = state(session(engine, "a"))
+    close(engine)
+    other = make(snapshot_bits=read, **narrow)
+    usage = ask(other, "go on", "a").usage
+    assert (usage.rebuild_reason, usage.cached_tokens) == (None, 315)
+    after = state(session(other, "a"))
+    for name in ("keys", "values"):
+        held, again = before[name], after[name]
+        assert isinstance(held, torch.Tensor)
+        assert isinstance(again, torch.Tensor)
+        assert torch.equal(held[:, :, 187:315], again[:, :, 187:315])
+        assert torch.equal(held[:, :, :187], again[:, :, :187]) is (written is None)
+        assert torch.allclose(held[:, :, :187], again[:, :, :187], atol=0.15 * held.abs().max().item())
+    close(other)
+
+
+def test_exports_are_exact(make: Make, tmp_path: Path) -> None:
+    model = str(tiny.save(tmp_path, tiny.config(head_dim=32)))
+    narrow = {"model": model, "policy": "full(bound=500)", "cache_budget": 2**25, "workspace_entries": 700}
+    engine = make(snapshot_bits=2, **narrow)
+    create(engine, "a")
+    ask(engine, 2 * PROMPT, "a")
+    taken = engine.porter.take_out("default", "a")
+    step(engine)
+    manifest, tensors = decode(b"".join(taken.result(10)), engine.porter._origin)
+    assert manifest.bits is None
+    keys = state(session(engine, "a"))["keys"]
+    assert isinstance(keys, torch.Tensor)
+    assert torch.equal(tensors["keys"], keys)
+    close(engine)
+
+
+def test_heads_that_cannot_be_grouped_are_told(make: Make) -> None:
+    with pytest.raises(ValueError, match="--snapshot-bits quantises 32 channels together"):
+        make(snapshot_bits=4)
 
 
 def test_another_model_s_snapshots_are_not_used(make: Make) -> None:

@@ -14,9 +14,11 @@ from safetensors.torch import save
 
 from apiary_server.engine.engine import Engine
 from apiary_server.errors import SnapshotRefused
+from apiary_server.sessions.compression import Compression
 from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.pool import SlotLayout
 from apiary_server.sessions.snapshot import VERSION, Image, Origin, check, decode, encode, fill
+from buzz import Rotary
 from tests import tiny
 from tests.server.driver import ask, create, session
 
@@ -52,6 +54,21 @@ def image(make_engine: MakeEngine) -> Image:
 @pytest.fixture
 def snapshot(image: Image) -> bytes:
     return b"".join(encode(image, ORIGIN))
+
+
+@pytest.fixture(params=["exact", "compressed"])
+def either(request: pytest.FixtureRequest, make_engine: MakeEngine, tmp_path: Path) -> bytes:
+    """A small snapshot of each kind."""
+    if request.param == "exact":
+        return b"".join(encode(image_of(make_engine(start=False), POLICIES[0]), ORIGIN))
+    narrow = tiny.config(num_hidden_layers=1, num_key_value_heads=1, head_dim=32)
+    engine = make_engine(
+        start=False, model=str(tiny.save(tmp_path, narrow)), dtype="bfloat16", cache_dtype="bfloat16"
+    )
+    whole = image_of(engine, "full(bound=200)", tokens=170)
+    data = b"".join(encode(whole, ORIGIN, compression=Compression(2, Rotary.of(32, 1024))))
+    assert decode(data, ORIGIN)[0].bits == 2
+    return data
 
 
 def live(image: Image, slot: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -116,20 +133,20 @@ def test_another_slot_may_be_larger(image: Image, snapshot: bytes) -> None:
     assert torch.equal(live(image, image.slot)["keys"], live(replace(image, layout=larger), slot)["keys"])
 
 
-def test_every_truncation_is_refused(snapshot: bytes) -> None:
-    for length in range(len(snapshot)):
+def test_every_truncation_is_refused(either: bytes) -> None:
+    for length in range(len(either)):
         with pytest.raises(SnapshotRefused) as refusal:
-            decode(snapshot[:length], ORIGIN)
+            decode(either[:length], ORIGIN)
         assert refusal.value.reason is RebuildReason.SNAPSHOT_CORRUPT
     with pytest.raises(SnapshotRefused):
-        decode(snapshot + b"\0", ORIGIN)
+        decode(either + b"\0", ORIGIN)
 
 
-def test_every_flipped_bit_is_refused(snapshot: bytes) -> None:
+def test_every_flipped_bit_is_refused(either: bytes) -> None:
     rng = random.Random(11)
-    places = [rng.randrange(8 * len(snapshot)) for _ in range(10_000)]
+    places = [rng.randrange(8 * len(either)) for _ in range(10_000)]
     for bit in [*places, *range(8 * 700)]:
-        data = bytearray(snapshot)
+        data = bytearray(either)
         data[bit // 8] ^= 1 << bit % 8
         with pytest.raises(SnapshotRefused) as refusal:
             decode(bytes(data), ORIGIN)

@@ -13,7 +13,7 @@ from apiary_client.cli import console
 from apiary_client.cli.bench.bars import Bars
 from apiary_client.cli.bench.stopping import cancel_on_signals
 
-_WORKER = ("model", "policy", "weights", "backend", "cache_dtype", "threads")
+_WORKER = ("model", "policy", "weights", "backend", "cache_dtype", "snapshot_bits", "threads")
 
 _Found = TypeVar("_Found")
 
@@ -33,8 +33,8 @@ Directory: TypeAlias = Annotated[
 
 def flags(context: typer.Context) -> dict[str, str]:
     """The flags of `apiary serve` that the command was given."""
-    given = {name: context.params[name] for name in _WORKER if context.params[name] is not None}
-    return {f"--{name.replace('_', '-')}": str(value) for name, value in given.items()}
+    given = {name: context.params.get(name) for name in _WORKER}
+    return {f"--{name.replace('_', '-')}": str(value) for name, value in given.items() if value is not None}
 
 
 def measured(measure: Callable[[Bars], Coroutine[Any, Any, _Found]]) -> _Found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -52,6 +52,10 @@ def resume(
     weights: Weights = None,
     backend: Backend = None,
     cache_dtype: CacheDtype = None,
+    snapshot_bits: Annotated[
+        Literal["2", "4"] | None,
+        typer.Option(help="Of most entries in snapshots; default exact.", rich_help_panel="Worker"),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """How soon a session answers after its worker was started again.

@@ -45,7 +45,8 @@ def test_the_options_are_the_plan_and_the_worker_s_flags(
     invoke: Invoke, asked: list[Asked], tmp_path: Path
 ) -> None:
     plan = "--history 20 --input 3 --turns 4 --others 5 --repeats 2 --kill"
-    worker = "--model m --policy buzz --weights int8 --backend cpu --cache-dtype bfloat16 --threads 1"
+    worker = "--model m --policy buzz --weights int8 --backend cpu --threads 1"
+    worker += " --cache-dtype bfloat16 --snapshot-bits 4"
     assert invoke(*plan.split(), *worker.split(), "--directory", str(tmp_path)).exit_code == 0
     assert invoke().exit_code == 0
     flags = dict(zip(worker.split()[::2], worker.split()[1::2], strict=True))
