@@ -129,10 +129,14 @@ class Archive:
                 self._mend(id(session))
             self._changed.notify()
 
+    def takes(self, session: Session) -> bool:
+        """Whether a snapshot of a session could be made now."""
+        hopeless = self._failed or self._hangs or id(session) in self._errors
+        return not hopeless and session.layout.bytes + _HEAD <= self.shelf.budget
+
     def hurry(self, session: Session) -> bool:
         """Have a snapshot made soon; False if that cannot be now."""
-        hopeless = self._failed or self._hangs or id(session) in self._errors
-        if hopeless or session.layout.bytes + _HEAD > self.shelf.budget:
+        if not self.takes(session):
             return False
         with self._changed:
             self._urgent[id(session)] = session

@@ -22,6 +22,9 @@ class Lower(Protocol):
     def release(self, session: Session) -> bool:
         """Whether an idle session's cache is there as it is; then no turn finds it in memory any more."""
 
+    def takes(self, session: Session) -> bool:
+        """Whether it could be there soon."""
+
     def hurry(self, session: Session) -> bool:
         """Have it there soon; False if that cannot be now."""
 
@@ -30,6 +33,9 @@ class Nowhere:
     """There is no such place."""
 
     def release(self, session: Session) -> bool:
+        return False
+
+    def takes(self, session: Session) -> bool:
         return False
 
     def hurry(self, session: Session) -> bool:
@@ -48,7 +54,8 @@ class Residency:
     Not thread-safe: the engine thread owns it.
 
     Attributes:
-        waits: whether there was no room just now, but a cache is being stored, and there will be.
+        waits: whether there was no room just now, but there will be: a cache is being stored, or can be when
+            its session's turn is over.
         moves: how many caches went where: `parked`, `unparked`, `stored`, `loaded`.
     """
 
@@ -260,7 +267,9 @@ class Residency:
                 self.free(session)
                 self.moves["stored"] += 1
                 return True
-        self.waits = any(self._lower.hurry(session) for session in unused)
+        # those that are busy have a turn on its way to the queue, or are being changed, and move out after it
+        held = any(session.busy and self._lower.takes(session) for session in self._idle.values())
+        self.waits = any(self._lower.hurry(session) for session in unused) or held
         return False
 
     def _forget(self, session: Session, parked: Tensor) -> None:

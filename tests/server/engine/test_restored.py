@@ -756,6 +756,23 @@ def test_turns_on_their_way_are_told_that_the_worker_shuts_down(
     assert not any(session(other, id).busy for id in ("a", "b"))
 
 
+def test_nobody_is_refused_for_those_who_are_on_their_way(make: Make) -> None:
+    """A pool for one, whose turn somebody has who is in no queue yet."""
+    engine = make(cache_budget=WORKSPACE + 2 * SLOT, parked_budget=0)
+    for id in "ab":
+        create(engine, id)
+    ask(engine, PROMPT, "a")
+    held = engine.sessions.begin_turn("default", "a").result(0)
+    reader = begin(engine, request(PROMPT[:40], "b", max_tokens=8))
+    step(engine, 20)
+    assert not reader.ended
+    engine.sessions.end_turn(held)
+    run(engine, reader)
+    assert reader.error is None
+    assert ask(engine, "go on", "a").usage.rebuild_reason is None
+    close(engine)
+
+
 def test_nobody_is_refused_for_those_who_wait_behind_him(make: Make) -> None:
     """A pool for three, who all have a turn in the queue: none of them can be stored until it has run."""
     engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
