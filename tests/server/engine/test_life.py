@@ -231,10 +231,11 @@ class Life(RuleBasedStateMachine):
     def expire(self, id: str) -> None:
         if any(self.crowd.of(id)):
             return
+        record = session(self.engine, id)
         self.crowd.outcome(self.engine.keeper.update("default", id, SessionChange(ttl=0.001)))
         self.crowd.forget(id)
         time.sleep(0.001)
-        if not session(self.engine, id).busy:  # else its cache is being brought back
+        if not record.busy:  # else its cache is being brought back
             with pytest.raises(errors.SessionNotFound):
                 self.engine.sessions.get("default", id)
         self.crowd.until(lambda: ("default", id) not in self.engine.sessions._sessions)
