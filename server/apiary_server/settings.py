@@ -20,6 +20,7 @@ from pydantic_settings import (
 from apiary_server.engine.request import Tenant
 from apiary_server.sessions.valkey.address import ValkeyAddress
 
+_OF_STORED = ("durability", "snapshot_key_file", "snapshot_bits", "checkpoints")  # settings
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -176,6 +177,14 @@ class Settings(BaseSettings):
             raise ValueError("tls_cert_file and tls_key_file go together")
         if self.store is not None and self.state_dir is not None:
             raise ValueError("state_dir and --store are two places for the same sessions: give one of them")
+        if self.store is None and self.state_dir is None:
+            alone = [
+                name for name in _OF_STORED if getattr(self, name) != type(self).model_fields[name].default
+            ]
+            if alone:
+                raise ValueError(
+                    f"{alone[0]} is for sessions that are stored: give a --state-dir or a --store"
+                )
         if self.store_password_file is not None and self.store is None:
             raise ValueError("store_password_file is for a --store, and there is none")
         if not _loopback(self.listen.rpartition(":")[0]) and not self.insecure and self.tls_cert_file is None:

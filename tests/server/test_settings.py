@@ -179,9 +179,16 @@ def test_half_of_tls_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_snapshots_have_two_or_four_bits_or_all() -> None:
     assert Settings.load().snapshot_bits is None
-    assert [Settings.load(snapshot_bits=bits).snapshot_bits for bits in ("2", "4", 4)] == [2, 4, 4]
+    for bits, meant in (("2", 2), ("4", 4), (4, 4)):
+        assert Settings.load(snapshot_bits=bits, state_dir="state").snapshot_bits == meant
     refused("2 or 4", snapshot_bits="3")
     refused("2 or 4", snapshot_bits="four")
+
+
+@pytest.mark.parametrize("setting", [{"snapshot_bits": 4}, {"checkpoints": 2}, {"durability": "idle"}])
+def test_what_is_for_stored_sessions_needs_a_place_for_them(setting: dict[str, object]) -> None:
+    refused("is for sessions that are stored: give a --state-dir or a --store", **setting)
+    Settings.load(**setting, state_dir="state")
 
 
 def test_a_store_is_a_url_that_nobody_sees() -> None:

@@ -120,9 +120,10 @@ def _resume(client: Client, name: str, policy: str | None) -> Session:
 
 
 def _names(spec: str, policy: str) -> bool:
-    """Whether a policy as a person writes it says nothing else than the server's full form of it."""
+    """Whether a policy as a person writes it says nothing else than the server's full form of it, in which
+    the system prompt that it pins has become a number of tokens, or none."""
     asked, has = (re.findall(r"[\w=]+", text.replace(" ", "")) for text in (spec, policy))
-    return asked[:1] == has[:1] and set(asked) <= set(has)
+    return asked[:1] == has[:1] and set(asked) - {"pinned=system"} <= set(has)
 
 
 def _pipe(conversation: Conversation) -> None:

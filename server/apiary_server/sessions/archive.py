@@ -26,7 +26,7 @@ from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.restored import Restored, restore
 from apiary_server.sessions.session import Session
 from apiary_server.sessions.shelf import Shelf
-from apiary_server.sessions.snapshot import Image, Origin, decode, encode
+from apiary_server.sessions.snapshot import Image, Origin, decode, encode, length
 from apiary_server.sessions.store import StoreError, reason
 from apiary_server.threads import alone
 from buzz import Rotary
@@ -322,7 +322,8 @@ class Archive:
             evicted = turns not in self.shelf.turns(session)  # just now
             reason = RebuildReason.SNAPSHOT_EVICTED if evicted else RebuildReason.SNAPSHOT_CORRUPT
             raise SnapshotRefused("it is gone", reason)
+        if (start := length(data, self._origin)) is not None:
+            self._origin.check(start[0])  # first: another model's may be larger, and was cut then
         manifest, tensors = decode(data, self._origin)
-        self._origin.check(manifest)
         restored = self._restoring.submit(restore, session, turns, manifest, tensors, self._rotary)
         return restored.result()

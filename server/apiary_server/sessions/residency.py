@@ -267,9 +267,10 @@ class Residency:
                 self.free(session)
                 self.moves["stored"] += 1
                 return True
-        # those that are busy have a turn on its way to the queue, or are being changed, and move out after it
-        held = any(session.busy and self._lower.takes(session) for session in self._idle.values())
-        self.waits = any(self._lower.hurry(session) for session in unused) or held
+        self.waits = any(self._lower.hurry(session) for session in unused)
+        if not self._running:  # else those that are busy may wait for what runs
+            # they have a turn on its way to the queue, or are being changed, and move out after it
+            self.waits |= any(each.busy and self._lower.takes(each) for each in self._idle.values())
         return False
 
     def _forget(self, session: Session, parked: Tensor) -> None:

@@ -33,6 +33,7 @@ class Shelf:
         self._earlier = earlier
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, dict[int, int]] = OrderedDict()  # bytes by turns; least recent first
+        self._refused: set[tuple[str, int]] = set()
         self._used_bytes = 0
         self._doomed: list[str] = []
 
@@ -72,14 +73,15 @@ class Shelf:
             self._make_room(0)
 
     def turns(self, session: Session) -> Sequence[int]:
-        """After which turns of a session there are snapshots, the last first."""
+        """After which turns of a session there are snapshots that may be of use, the last first."""
+        key = _key(session)
         with self._lock:
-            return sorted(self._kept.get(_key(session), ()), reverse=True)
+            kept = self._kept.get(key, ())
+            return sorted((turns for turns in kept if (key, turns) not in self._refused), reverse=True)
 
     def current(self, session: Session) -> bool:
         """Whether there is a snapshot of the cache that an idle session has."""
-        with self._lock:
-            return session.cached_turns in self._kept.get(_key(session), ())
+        return session.cached_turns in self.turns(session)
 
     def get(self, session: Session, turns: int, most: int) -> bytes | None:
         """The snapshot after so many turns, no more than its first `most` bytes; None if it is gone.
@@ -117,6 +119,7 @@ class Shelf:
             useful = not session.deleted and session.epoch == epoch
             if useful:
                 of_session = self._kept.setdefault(key, {})
+                self._refused.discard((key, turns))
                 self._used_bytes += size - of_session.get(turns, 0)
                 of_session[turns] = size
                 self._kept.move_to_end(key)
@@ -132,9 +135,10 @@ class Shelf:
             self._drop(_key(session), lambda turns: turns > beyond)
 
     def refuse(self, session: Session, turns: int) -> None:
-        """Keep a snapshot of a session no longer that cannot be used."""
+        """Offer a snapshot of a session no longer that cannot be used. It stays until another takes its
+        place: a worker with another key, or of another model, may be the one that is wrong."""
         with self._lock:
-            self._drop(_key(session), turns.__eq__)
+            self._refused.add((_key(session), turns))
 
     def tidy(self) -> None:
         """Delete from the store what is kept no longer.
@@ -165,6 +169,7 @@ class Shelf:
         of_session = self._kept.get(key, {})
         for turns in [turns for turns in of_session if which(turns)]:
             self._used_bytes -= of_session.pop(turns)
+            self._refused.discard((key, turns))
             self._doomed.append(_name(key, turns))
         if not of_session:
             self._kept.pop(key, None)

@@ -260,6 +260,10 @@ class SqliteStore:
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise StoreError(f"{self._path} is in use by another worker") from error
+            if not os.access(self._path.parent, os.W_OK):
+                raise StoreError(
+                    f"{self._path.parent} cannot be written: make it writable, or choose another --state-dir"
+                ) from error
             raise StoreError(f"{self._path}: {error}") from error
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise StoreError(

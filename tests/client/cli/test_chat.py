@@ -151,6 +151,7 @@ def test_a_refused_creation_is_told(apiary: Run, worker: FakeWorker) -> None:
         ("buzz(window=64)", True),
         (" buzz( stride=5, window=64 ) ", True),
         ("buzz(sink=4,window=64,threshold=128,stride=5)", True),
+        ("buzz(pinned=system)", True),  # by now a number, or nothing
         ("buzz(window=65)", False),
         ("h2o", False),
         ("buzz(window=64,log_n=512)", False),

@@ -214,7 +214,8 @@ class Crowd:
         elif isinstance(error, errors.ContextFull):
             assert told.is_full(len(asked.prompt))
         elif isinstance(error, errors.BudgetExhausted):
-            assert not self._ample or self.mortal.dead
+            # where sessions whose turns wait hold all slots, and a turn needs its second one to go on
+            self.happened["refused for room, with a store"] += self._ample
         else:
             assert isinstance(error, errors.Draining), error
         if asked.before is not None and not record.busy:

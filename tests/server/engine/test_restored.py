@@ -162,6 +162,25 @@ def test_damage_is_told_by_its_reason(make: Make, tmp_path: Path) -> None:
         close(other)
 
 
+def test_a_worker_with_the_wrong_key_leaves_the_others_snapshots(make: Make, tmp_path: Path) -> None:
+    keys = [tmp_path / name for name in ("right", "wrong")]
+    for key in keys:
+        key.write_text(f"{key.name} and long enough")
+    engine = make(snapshot_key_file=keys[0])
+    create(engine, "a", POLICY)
+    ask(engine, PROMPT, "a")
+    close(engine)
+    other = make(snapshot_key_file=keys[1])
+    assert archive(other).read(session(other, "a")) == (None, RebuildReason.SNAPSHOT_CORRUPT)
+    assert archive(other).shelf.turns(session(other, "a")) == []
+    close(other)
+    again = make(snapshot_key_file=keys[0])
+    assert ask(again, "go on", "a").usage.rebuild_reason is None
+    saved(again, "a")
+    assert len(snapshots(tmp_path)) == 1
+    close(again)
+
+
 def test_an_earlier_snapshot_is_better_than_none(make: Make, tmp_path: Path) -> None:
     engine = make(checkpoints=1)
     create(engine, "a", POLICY)

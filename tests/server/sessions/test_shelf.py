@@ -148,7 +148,7 @@ class Shelves(RuleBasedStateMachine):
         finally:
             self.store.meanwhile = None
         others = [each for each in before if each is not talk and each in self.talks]
-        gone = [each for each in others if not self.shelf.turns(each.session)]
+        gone = [each for each in others if _key(each.session) not in self.shelf._kept]
         assert gone == others[: len(gone)], "those used last were dropped first"
 
     @rule(places=st.lists(st.integers(0, 9), max_size=8), size=st.integers(10, 40))
@@ -188,6 +188,7 @@ class Shelves(RuleBasedStateMachine):
         for turns in self.shelf.turns(talk.session)[:1]:
             self.shelf.refuse(talk.session, turns)
             assert turns not in self.shelf.turns(talk.session)
+            assert self.name(talk, turns) in self.store.kept, "another worker may have the right key"
 
     @rule(place=st.integers(0, 9))
     @precondition(lambda self: self.talks)
@@ -258,8 +259,8 @@ class Shelves(RuleBasedStateMachine):
         return [of_key[key] for key in self.shelf._kept]
 
     def names(self) -> set[str]:
-        """Of the snapshots that there are."""
-        return {self.name(talk, turns) for talk in self.talks for turns in self.shelf.turns(talk.session)}
+        """Of the snapshots that there are, those of no use included."""
+        return {_name(key, turns) for key, sizes in self.shelf._kept.items() for turns in sizes}
 
     @staticmethod
     def name(talk: Talk, turns: int) -> str:
