@@ -20,7 +20,7 @@ from pydantic_settings import (
 from apiary_server.engine.request import Tenant
 from apiary_server.sessions.valkey.address import ValkeyAddress
 
-_OF_STORED = ("durability", "snapshot_key_file", "snapshot_bits", "checkpoints")  # settings
+_OF_STORED = ("durability", "snapshot_bits", "checkpoints")  # settings
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
