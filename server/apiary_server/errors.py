@@ -102,6 +102,11 @@ class BudgetExhausted(RetryLater):
 class Draining(RetryLater):
     """The worker is shutting down and takes no new turns."""
 
+    def __init__(
+        self, message: str = "the worker is shutting down; try another", retry_after: float = 1.0
+    ) -> None:
+        super().__init__(message, retry_after)
+
 
 class DeadlineExceeded(ApiaryError):
     """The deadline passed in queue, prefill or decode, or would have before the first token; the turn was

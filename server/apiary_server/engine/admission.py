@@ -89,7 +89,7 @@ class Admission:
     def drain(self) -> None:
         """Open no more turns."""
         self._draining = True
-        self._sessions.dismiss(_draining())
+        self._sessions.dismiss(errors.Draining())
 
     def close(self) -> None:
         """End the thread, after what waits for it: each of those turns is told why it will not run."""
@@ -103,7 +103,7 @@ class Admission:
             QueueFull: too many turns wait.
         """
         if self._draining:
-            raise _draining()
+            raise errors.Draining()
         return self._places.take(tenant, self._scheduler.check_queue)
 
     def open(self, request: TurnRequest, stream: TokenStream, place: Place | None = None) -> Future[None]:
@@ -216,7 +216,3 @@ class Admission:
     def _arrive(self, opening: _Opening, turn: Turn) -> None:
         self._loop.add(turn)
         opening.place.release()  # after: for an instant it counts twice, never not at all
-
-
-def _draining() -> errors.Draining:
-    return errors.Draining("the worker is shutting down; try another", retry_after=1.0)

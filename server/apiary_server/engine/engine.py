@@ -84,7 +84,7 @@ class Engine:
         self._journal = journal
         self._archive = archive
         if archive is not None:
-            archive.start(loop.post, loop.residency.image, lambda: self._working)
+            archive.start(loop.call, loop.residency.image, lambda: self._working)
         self._admission = Admission(door, scheduler, loop, sessions, self._restorer)
         self._rotary = rotary
         self._warm = threading.Event()

@@ -152,16 +152,13 @@ class Keeper:
             SessionNotFound: unknown, expired or another tenant's.
             SessionBusy: a turn is in flight.
         """
-        done: Future[tuple[StoredSession, Image]] = Future()
 
-        def copy(session: Session) -> Callable[[], None]:
+        def copy(session: Session) -> tuple[StoredSession, Image]:
             memory = torch.empty(session.layout.bytes, dtype=torch.uint8)
             image = self._residency.image(session, memory) or without_cache(session)
-            stored = stored_of(session)
-            return lambda: done.set_result((stored, image))
+            return stored_of(session), image
 
-        self._between_turns(tenant, id, copy, done, cache=True)
-        return done
+        return self._copied(tenant, id, copy)
 
     def look(self, tenant: str, id: str) -> Future[CacheCopy]:
         """Copy what a session's cache keeps. What is parked stays parked, and no turn has to wait; what is
@@ -174,29 +171,30 @@ class Keeper:
             SessionNotFound: unknown, expired or another tenant's.
             SessionBusy: a turn of a session that is stored is in flight.
         """
-        copied: Future[CacheCopy] = Future()
 
-        def copy(session: Session) -> Callable[[], None]:
-            copy = copy_of(session, self._residency.look(session))
-            return lambda: copied.set_result(copy)
+        def copy(session: Session) -> CacheCopy:
+            return copy_of(session, self._residency.look(session))
 
-        def run() -> None:
-            try:
-                copy(self._sessions.idle(tenant, id))()
-            except BaseException as error:
-                copied.set_exception(error)
-
-        if self._sessions.get(tenant, id).state is State.STORED:
-            self._between_turns(tenant, id, copy, copied, cache=True)
-        else:
-            self._loop.post(run)
-        return copied
+        if self._sessions.get(tenant, id).state is not State.STORED:
+            return self._loop.call(lambda: copy(self._sessions.idle(tenant, id)))
+        return self._copied(tenant, id, copy)
 
     def stored(self, session: Session) -> Future[SessionInfo]:
         """What is known of a session now, when it is stored, or cannot be."""
         done: Future[SessionInfo] = Future()
         info = session.info()
         self._loop.when_stored(session, lambda _: done.set_result(info))
+        return done
+
+    def _copied(self, tenant: str, id: str, copy: Callable[[Session], _Outcome]) -> Future[_Outcome]:
+        """Copy something of a session between its turns, with its cache."""
+        done: Future[_Outcome] = Future()
+
+        def work(session: Session) -> Callable[[], None]:
+            copied = copy(session)
+            return lambda: done.set_result(copied)
+
+        self._between_turns(tenant, id, work, done, cache=True)
         return done
 
     def _change(

@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 import structlog
@@ -28,6 +29,7 @@ from apiary_server.sessions.manager import SessionManager, resource_name
 from apiary_server.sessions.residency import Residency
 from apiary_server.sessions.session import Session
 
+_Outcome = TypeVar("_Outcome")
 _Stats = TypeVar("_Stats")
 _log = structlog.get_logger(__name__)
 _IDLE_WAIT = 0.5  # seconds between looks at expired sessions when there is no turn
@@ -81,6 +83,13 @@ class Loop:
                 return
         with self._alone, torch.inference_mode():  # as there: such tensors refuse changes elsewhere
             command()
+
+    def call(self, work: Callable[[], _Outcome]) -> Future[_Outcome]:
+        """Have something done in the same way. Returns what comes of it; to cancel that has it not done, if
+        it has not begun."""
+        outcome: Future[_Outcome] = Future()
+        self.post(lambda: settle(outcome, work))
+        return outcome
 
     def end(self) -> None:
         """The engine thread ends: do what it was asked for still. Whoever asks later does it himself."""
@@ -355,5 +364,14 @@ class Loop:
         )
 
 
+def settle(outcome: Future[_Outcome], work: Callable[[], _Outcome]) -> None:
+    """Do something whose outcome somebody waits for, unless it was cancelled."""
+    if outcome.set_running_or_notify_cancel():
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+
 def _shut_down() -> errors.Draining:
-    return errors.Draining("the worker is shutting down and rolled the turn back; ask another", 1.0)
+    return errors.Draining("the worker is shutting down and rolled the turn back; ask another")

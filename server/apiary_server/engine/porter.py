@@ -18,7 +18,7 @@ from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.portable import pack, unpack
 from apiary_server.sessions.restored import Restored, restore
 from apiary_server.sessions.session import Session
-from apiary_server.sessions.snapshot import Manifest, Origin, length
+from apiary_server.sessions.snapshot import Manifest, Origin, corrupt, length
 from buzz import Rotary
 
 _Outcome = TypeVar("_Outcome")
@@ -83,9 +83,7 @@ class Porter:
         manifest, size = found
         most = self._sessions.slot_bytes(manifest.policy) + _MOST_BESIDE
         if size > most:
-            raise SnapshotRefused(
-                f"it has {size:,} bytes, and {most:,} are the most", RebuildReason.SNAPSHOT_CORRUPT
-            )
+            raise corrupt(f"it has {size:,} bytes, and {most:,} are the most")
         return size
 
     def take_in(self, tenant: str, id: str | None, data: bytes) -> Future[SessionInfo]:
@@ -105,7 +103,7 @@ class Porter:
         try:
             return self._thread.submit(work)
         except RuntimeError:  # closed
-            raise Draining("the worker is shutting down; try another", retry_after=1.0) from None
+            raise Draining from None
 
     def _take_in(self, tenant: str, id: str, data: bytes) -> SessionInfo:
         stored, manifest, tensors = unpack(data, tenant, id, self._origin, self._vocabulary)

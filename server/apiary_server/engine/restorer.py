@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import structlog
 
-from apiary_server.engine.loop import Loop
+from apiary_server.engine.loop import Loop, settle
 from apiary_server.errors import BudgetExhausted, Draining
 from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.info import RebuildReason
@@ -86,12 +86,12 @@ class Restorer:
             return self._thread.submit(work)
         except RuntimeError:  # closed
             done: Future[None] = Future()
-            done.set_exception(_draining())
+            done.set_exception(Draining())
             return done
 
     def _bring(self, archive: Archive, session: Session) -> None:
         if self._ended.is_set():
-            raise _draining()
+            raise Draining()
         with contextlib.suppress(BudgetExhausted):  # then its turn waits for room, and computes it anew
             self._place(session, *self._read(archive, session))
 
@@ -99,7 +99,9 @@ class Restorer:
         """What the store has of a session's cache. A store that hangs is asked nothing until it answers."""
         if self._hung is None or self._hung.done():
             reading: Future[_Found] = Future()
-            _begin(lambda: archive.read(session), reading)
+            # nobody has to wait for this thread, not even the end of the process
+            work = (reading, lambda: archive.read(session))
+            threading.Thread(target=settle, args=work, name="read", daemon=True).start()
             try:
                 return reading.result(_PATIENCE)
             except TimeoutError:
@@ -141,13 +143,12 @@ class Restorer:
 
     def _on_engine(self, work: Callable[[], _T]) -> _T:
         """Have something done on the engine thread, and wait for it."""
-        done: Future[_T] = Future()
-        self._loop.post(lambda: _do(work, done))
+        done = self._loop.call(work)
         while True:
             with contextlib.suppress(TimeoutError):
                 return done.result(1.0)
             if self._ended.is_set():
-                raise _draining()
+                raise Draining()
 
     # the engine thread
 
@@ -161,19 +162,3 @@ class Restorer:
 
     def _has_room(self, session: Session) -> bool:
         return self._loop.residency.has_room(session.layout)
-
-
-def _do(work: Callable[[], _T], done: Future[_T]) -> None:
-    try:
-        done.set_result(work())
-    except BaseException as error:
-        done.set_exception(error)
-
-
-def _begin(work: Callable[[], _T], done: Future[_T]) -> None:
-    """Do something in a thread that nobody has to wait for, not even the end of the process."""
-    threading.Thread(target=_do, args=(work, done), name="read", daemon=True).start()
-
-
-def _draining() -> Draining:
-    return Draining("the worker is shutting down; try another", retry_after=1.0)

@@ -26,7 +26,7 @@ from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.restored import Restored, restore
 from apiary_server.sessions.session import Session
 from apiary_server.sessions.shelf import Shelf
-from apiary_server.sessions.snapshot import Image, Origin, decode, encode, length
+from apiary_server.sessions.snapshot import Image, Origin, decode_own, encode
 from apiary_server.sessions.store import StoreError, reason
 from apiary_server.threads import alone
 from buzz import Rotary
@@ -100,18 +100,18 @@ class Archive:
 
     def start(
         self,
-        post: Callable[[Callable[[], None]], None],
+        call: Callable[[Callable[[], Image | None]], Future[Image | None]],
         copy: Callable[[Session, Tensor], Image | None],
         busy: Callable[[], bool],
     ) -> None:
         """Begin.
 
         Args:
-            post: has something done by the thread that owns the caches.
+            call: has something done by the thread that owns the caches, unless it is cancelled before.
             copy: copies a session's committed cache to host memory, there.
             busy: whether turns run, or sessions are changed.
         """
-        self._post, self._copy, self._busy = post, copy, busy
+        self._call, self._copy, self._busy = call, copy, busy
         self._thread.start()
         self._alone.wait()
         self._restoring.submit(int).result()  # so that the thread is there
@@ -297,16 +297,7 @@ class Archive:
         """A copy of the session's cache, made by the thread that owns it."""
         if self._staging.numel() < session.layout.bytes:
             self._staging = torch.empty(session.layout.bytes, dtype=torch.uint8)
-        made: Future[Image | None] = Future()
-
-        def make() -> None:
-            if made.set_running_or_notify_cancel():
-                try:
-                    made.set_result(self._copy(session, self._staging))
-                except BaseException as error:
-                    made.set_exception(error)
-
-        self._post(make)
+        made = self._call(lambda: self._copy(session, self._staging))
         while True:
             try:
                 return made.result(_LOOK)
@@ -320,10 +311,8 @@ class Archive:
         data = self.shelf.get(session, turns, session.layout.bytes + _HEAD)
         if data is None:
             evicted = turns not in self.shelf.turns(session)  # just now
-            reason = RebuildReason.SNAPSHOT_EVICTED if evicted else RebuildReason.SNAPSHOT_CORRUPT
-            raise SnapshotRefused("it is gone", reason)
-        if (start := length(data, self._origin)) is not None:
-            self._origin.check(start[0])  # first: another model's may be larger, and was cut then
-        manifest, tensors = decode(data, self._origin)
+            why = RebuildReason.SNAPSHOT_EVICTED if evicted else RebuildReason.SNAPSHOT_CORRUPT
+            raise SnapshotRefused("it is gone", why)
+        manifest, tensors = decode_own(data, self._origin)
         restored = self._restoring.submit(restore, session, turns, manifest, tensors, self._rotary)
         return restored.result()

@@ -51,7 +51,7 @@ class SnapshotFiles:
                         _write_all(file.fileno(), part)
                     os.fsync(file.fileno())
                 os.rename(unfinished, path)
-                self._sync()
+                sync(self._directory)
             except BaseException:
                 with contextlib.suppress(OSError):
                     unfinished.unlink(missing_ok=True)
@@ -74,19 +74,21 @@ class SnapshotFiles:
     def close(self) -> None:
         """As `SnapshotStore.close`: nothing is open."""
 
-    def _sync(self) -> None:
-        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise StoreError(f"{self._directory}: {error.strerror or error}") from error
+
+
+def sync(directory: Path) -> None:
+    """Have the names in a directory outlive the machine's power."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _private(path: str, flags: int) -> int:

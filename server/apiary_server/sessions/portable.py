@@ -13,11 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from torch import Tensor
 
-from apiary_server.errors import SnapshotRefused
-from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.request import Labels
 from apiary_server.sessions.session import TurnRecord
-from apiary_server.sessions.snapshot import Image, Manifest, Origin, decode, encode
+from apiary_server.sessions.snapshot import Image, Manifest, Origin, corrupt, decode, encode
 from apiary_server.sessions.store import StoredSession, StoredSettings, StoredTurn
 
 _TRANSCRIPT, _RECORD = "transcript", "record"
@@ -94,28 +92,27 @@ def unpack(
             expired.
     """
     manifest, tensors = decode(data, origin)
-    if manifest.tokenizer != origin.tokenizer:
-        raise SnapshotRefused("it is of a model with another tokenizer", RebuildReason.MODEL_CHANGED)
+    origin.check_tokenizer(manifest)
     text, tokens = tensors.pop(_RECORD, None), tensors.pop(_TRANSCRIPT, None)
     if text is None or tokens is None or text.dtype != torch.uint8 or tokens.dtype != torch.int32:
-        raise _corrupt("it has a cache alone, and no session")
+        raise corrupt("it has a cache alone, and no session")
     if len(text) > _MOST_RECORD or len(tokens) > _MOST_TOKENS:
-        raise _corrupt(f"{len(tokens):,} tokens, and {len(text):,} bytes of records, are too many")
+        raise corrupt(f"{len(tokens):,} tokens, and {len(text):,} bytes of records, are too many")
     try:
         record = _Record.model_validate_json(text.numpy().tobytes())
     except ValidationError as error:
-        raise _corrupt(f"its record is malformed: {error.error_count()} faults") from error
+        raise corrupt(f"its record is malformed: {error.error_count()} faults") from error
     if len(tokens) and not 0 <= tokens.numpy().min() <= tokens.numpy().max() < vocabulary:
-        raise _corrupt(f"it has tokens beyond the vocabulary of {vocabulary:,}")
+        raise corrupt(f"it has tokens beyond the vocabulary of {vocabulary:,}")
     transcript = array("I", tokens.numpy().tobytes())
     now = time.time()
     expire_time = record.expire_time if record.ttl is None else now + record.ttl
     if not 0 < expire_time - now <= _LONGEST:
-        raise _corrupt("its session has expired")
+        raise corrupt("its session has expired")
     settings = StoredSettings(manifest.policy, record.ttl, expire_time, record.labels, now, now)
     turns = _turns(record.turns, transcript)
     if manifest.turns > len(turns):
-        raise _corrupt(f"it is of {manifest.turns} turns, and has {len(turns)}")
+        raise corrupt(f"it is of {manifest.turns} turns, and has {len(turns)}")
     return StoredSession(tenant, id, settings, turns), manifest, tensors
 
 
@@ -124,15 +121,9 @@ def _turns(records: Sequence[_Turn], transcript: array[int]) -> Sequence[StoredT
     for record in records:
         end = start + record.prompt_tokens + record.completion_tokens
         if not start + record.prompt_tokens <= record.seen <= end:
-            raise _corrupt(
-                f"a cache that saw {record.seen} tokens is not one of a turn from {start} to {end}"
-            )
+            raise corrupt(f"a cache that saw {record.seen} tokens is not one of a turn from {start} to {end}")
         turns.append(StoredTurn(TurnRecord(**record.model_dump()), transcript[start:end]))
         start = end
     if start != len(transcript):
-        raise _corrupt(f"its turns have {start} tokens, and its transcript {len(transcript)}")
+        raise corrupt(f"its turns have {start} tokens, and its transcript {len(transcript)}")
     return turns
-
-
-def _corrupt(why: str) -> SnapshotRefused:
-    return SnapshotRefused(why, RebuildReason.SNAPSHOT_CORRUPT)

@@ -89,7 +89,7 @@ class Residency:
         if id(session) in self._idle:
             del self._idle[id(session)]
         else:
-            lease = self._lease(session.layout, leaving={*self._running, session.layout})
+            lease = self._lease_first(session.layout)
             if lease is None:
                 return False
             session.lease = lease
@@ -109,7 +109,7 @@ class Residency:
         """A slot for a copy of a session's cache, which is idle and stays where it is; None if there is no
         room now."""
         idle = self._idle.pop(id(session), None)  # so that it is not what moves out
-        lease = self._lease(session.layout, leaving={*self._running, session.layout})
+        lease = self._lease_first(session.layout)
         if idle is not None:
             self._idle[id(session)] = session
         return lease
@@ -167,7 +167,7 @@ class Residency:
 
     def receive(self, session: Session, found: Restored) -> bool:
         """Take in the cache of a session, which has none in memory; False if there is no room now."""
-        lease = self._lease(session.layout, leaving={*self._running, session.layout})
+        lease = self._lease_first(session.layout)
         if lease is None:
             return False
         session.lease, session.cache = lease, found.place(session, lease)
@@ -226,6 +226,10 @@ class Residency:
             held = sum(session.layout.bytes for session in self._idle.values())
             if held != self.pool.leased_bytes:
                 raise RuntimeError(f"sessions hold {held:,} bytes, {self.pool.leased_bytes:,} are leased")
+
+    def _lease_first(self, layout: SlotLayout) -> Lease | None:
+        """A slot for a cache whose session may have to claim a second one then."""
+        return self._lease(layout, leaving={*self._running, layout})
 
     def _lease(self, layout: SlotLayout, leaving: set[SlotLayout]) -> Lease | None:
         """A slot that leaves the reserve free for the layouts of `leaving`; moves sessions down to get it."""

@@ -12,7 +12,7 @@ from apiary_server.sessions.compression import compressed, expand
 from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.pool import Lease
 from apiary_server.sessions.session import Session
-from apiary_server.sessions.snapshot import Manifest, check, fill, history
+from apiary_server.sessions.snapshot import Manifest, check, corrupt, fill, history
 from buzz import Cache, CacheState, Rotary
 
 
@@ -56,7 +56,7 @@ def restore(
         raise SnapshotRefused(f"it is of the policy {manifest.policy}", RebuildReason.POLICY_CHANGED)
     seen = session.turns[turns - 1].seen
     if manifest.counts is None or manifest.counts.seen != seen:
-        raise SnapshotRefused(f"it has no cache of {seen} tokens", RebuildReason.SNAPSHOT_CORRUPT)
+        raise corrupt(f"it has no cache of {seen} tokens")
     state, policy = manifest.counts.state, session.policy
     layout = session.layout
     if manifest.bits is not None:
@@ -64,7 +64,7 @@ def restore(
     evicted = state.evicted and not policy.evicts
     impossible = (state.packed and not state.measured) or (state.measured and layout.bits is None)
     if state.n > policy.bound or state.sampled > state.n or evicted or impossible:
-        raise SnapshotRefused(f"{state} is no state of {policy}", RebuildReason.SNAPSHOT_CORRUPT)
+        raise corrupt(f"{state} is no state of {policy}")
     check(layout, state, tensors)
     if manifest.bits is not None:
         state, tensors = expand(state, tensors, rotary)

@@ -105,12 +105,20 @@ class Origin:
         Raises:
             SnapshotRefused: it is not.
         """
-        if manifest.tokenizer != self.tokenizer:
-            raise SnapshotRefused("it is of a model with another tokenizer", RebuildReason.MODEL_CHANGED)
+        self.check_tokenizer(manifest)
         if manifest.model != self.model:
             raise SnapshotRefused(
                 "it is of another model, or of this one computed otherwise", RebuildReason.MODEL_CHANGED
             )
+
+    def check_tokenizer(self, manifest: Manifest) -> None:
+        """Check that a snapshot's transcript is of this tokenizer.
+
+        Raises:
+            SnapshotRefused: it is not.
+        """
+        if manifest.tokenizer != self.tokenizer:
+            raise SnapshotRefused("it is of a model with another tokenizer", RebuildReason.MODEL_CHANGED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,15 +225,30 @@ def decode(data: bytes, origin: Origin) -> tuple[Manifest, dict[str, Tensor]]:
         SnapshotRefused: these are not the bytes of a snapshot, or not sealed by the origin's key.
     """
     manifest, start = _manifest(data, origin.key)
+    return manifest, _tensors(data, start, manifest)
+
+
+def decode_own(data: bytes, origin: Origin) -> tuple[Manifest, dict[str, Tensor]]:
+    """As `decode`, a snapshot of the origin's own model; another's is told as such, even if it was cut off.
+
+    Raises:
+        SnapshotRefused: also, it is of another model or tokenizer.
+    """
+    manifest, start = _manifest(data, origin.key)
+    origin.check(manifest)
+    return manifest, _tensors(data, start, manifest)
+
+
+def _tensors(data: bytes, start: int, manifest: Manifest) -> dict[str, Tensor]:
     rest = memoryview(data)[start:]
     if len(rest) != manifest.size:
-        raise _corrupt(f"it has {len(rest):,} bytes of tensors, and should have {manifest.size:,}")
+        raise corrupt(f"it has {len(rest):,} bytes of tensors, and should have {manifest.size:,}")
     if hashlib.sha256(rest).hexdigest() != manifest.sha256:
-        raise _corrupt("its tensors are not what was written")
+        raise corrupt("its tensors are not what was written")
     try:
-        return manifest, load(bytes(rest))
+        return load(bytes(rest))
     except (SafetensorError, ValueError, KeyError) as error:
-        raise _corrupt(f"its tensors cannot be read: {error}") from error
+        raise corrupt(f"its tensors cannot be read: {error}") from error
 
 
 def check(layout: SlotLayout, state: CacheState, tensors: Mapping[str, Tensor]) -> None:
@@ -241,16 +264,16 @@ def check(layout: SlotLayout, state: CacheState, tensors: Mapping[str, Tensor]) 
     """
     live = _live(layout, state, torch.empty(layout.bytes, dtype=torch.uint8, device="meta"))
     if live.keys() != tensors.keys():
-        raise _corrupt(f"it has the tensors {sorted(tensors)}, and should have {sorted(live)}")
+        raise corrupt(f"it has the tensors {sorted(tensors)}, and should have {sorted(live)}")
     for name, tensor in live.items():
         given = tensors[name]
         if given.dtype != tensor.dtype or given.shape != tensor.shape:
-            raise _corrupt(
+            raise corrupt(
                 f"its {name} is {given.dtype} {tuple(given.shape)}, "
                 f"and should be {tensor.dtype} {tuple(tensor.shape)}"
             )
         if name == "position" and not _within(given.numpy(), state.seen):
-            raise _corrupt(f"it has positions beyond its {state.seen:,} tokens")
+            raise corrupt(f"it has positions beyond its {state.seen:,} tokens")
 
 
 def fill(slot: Tensor, layout: SlotLayout, state: CacheState, tensors: Mapping[str, Tensor]) -> None:
@@ -266,7 +289,7 @@ def _live(layout: SlotLayout, state: CacheState, slot: Tensor) -> dict[str, Tens
         SnapshotRefused: a cache with that state does not fit the slot.
     """
     if state.packed > state.n or state.seen != state.n + state.evicted:
-        raise _corrupt(f"{state} is no state of a cache")
+        raise corrupt(f"{state} is no state of a cache")
     dense = state.n - state.packed
     used = {"keys": dense, "values": dense, "position": state.n, "state": state.n}
     live = {}
@@ -277,7 +300,7 @@ def _live(layout: SlotLayout, state: CacheState, slot: Tensor) -> dict[str, Tens
         if name != "channels":
             count = used.get(name, state.packed)
             if count > tensor.shape[axis]:
-                raise _corrupt(f"{count} entries of {name} do not fit the slot's {tensor.shape[axis]}")
+                raise corrupt(f"{count} entries of {name} do not fit the slot's {tensor.shape[axis]}")
             if count == 0:
                 continue
             tensor = tensor.narrow(axis, 0, count)
@@ -299,26 +322,27 @@ def _copy(tensor: Tensor) -> Tensor:
 def _manifest(data: bytes, key: bytes | None) -> tuple[Manifest, int]:
     """The manifest, and where the tensors begin."""
     if len(data) < _HEAD.size:
-        raise _corrupt("it is cut off")
+        raise corrupt("it is cut off")
     magic, version, length = _HEAD.unpack_from(data)
     if magic != _MAGIC:
-        raise _corrupt("it is no snapshot")
+        raise corrupt("it is no snapshot")
     if version != VERSION:
-        raise _corrupt(f"it has format {version}, and this worker knows {VERSION}")
+        raise corrupt(f"it has format {version}, and this worker knows {VERSION}")
     end = _HEAD.size + length
     if length > _LONGEST_MANIFEST or len(data) < end + _SEAL:
-        raise _corrupt("it is cut off")
+        raise corrupt("it is cut off")
     if not hmac.compare_digest(data[end : end + _SEAL], _seal(data[:end], key)):
-        raise _corrupt("its seal is broken" if key is None else "it is not signed by this worker's key")
+        raise corrupt("its seal is broken" if key is None else "it is not signed by this worker's key")
     try:
         return Manifest.model_validate_json(data[_HEAD.size : end]), end + _SEAL
     except ValidationError as error:
-        raise _corrupt(f"its manifest is malformed: {error.error_count()} faults") from error
+        raise corrupt(f"its manifest is malformed: {error.error_count()} faults") from error
 
 
 def _seal(head: bytes, key: bytes | None) -> bytes:
     return hashlib.sha256(head).digest() if key is None else hmac.digest(key, head, "sha256")
 
 
-def _corrupt(why: str) -> SnapshotRefused:
+def corrupt(why: str) -> SnapshotRefused:
+    """The refusal of what is damaged."""
     return SnapshotRefused(why, RebuildReason.SNAPSHOT_CORRUPT)

@@ -17,6 +17,7 @@ from typing import Any
 
 import structlog
 
+from apiary_server.sessions.files import sync
 from apiary_server.sessions.session import TurnRecord
 from apiary_server.sessions.store import Change, StoredSession, StoredSettings, StoredTurn, StoreError
 from apiary_server.sessions.stored import pack, unpack
@@ -217,11 +218,7 @@ class SqliteStore:
         os.link(self._path, damaged)
         fresh._path.replace(self._path)
         workshop.rmdir()
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(directory)
         self._open()
         _log.warning("a new database has what could be read; the damaged one was kept", damaged=str(damaged))
 

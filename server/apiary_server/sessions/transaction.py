@@ -173,7 +173,7 @@ class Transaction:
     def _create_cache(self) -> None:
         session = self._session
         if session.lease is not None:
-            buffers = session.lease.buffers(session.policy.states)
+            buffers = session.lease.buffers(self._policy.states)
             session.cache = Cache(self._policy, self._rotary, buffers)
 
     def _until_compaction(self, tokens: int) -> int:

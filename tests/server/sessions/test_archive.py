@@ -8,12 +8,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from apiary_server.engine.loop import settle
 from apiary_server.sessions import archive as module
 from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.info import RebuildReason
@@ -104,7 +106,12 @@ class Hive:
         threading.Thread(target=self._run, daemon=True).start()
 
     def start(self) -> None:
-        self.archive.start(self.post, self._copy, lambda: self.busy)
+        self.archive.start(self.call, self._copy, lambda: self.busy)
+
+    def call(self, work: Callable[[], Image | None]) -> Future[Image | None]:
+        outcome: Future[Image | None] = Future()
+        self.post(lambda: settle(outcome, work))
+        return outcome
 
     def post(self, command: Callable[[], None]) -> None:
         self._commands.put(command)

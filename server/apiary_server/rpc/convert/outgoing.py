@@ -16,6 +16,8 @@ from apiary_server.engine.cache_map import CacheMap, Kind, LayerMap
 from apiary_server.engine.result import Capacity, Delta, FinishReason, ModelInfo, TokenLogprob, Usage
 from apiary_server.sessions.info import RebuildReason, SessionInfo, State
 
+CHUNK = 2**20  # bytes of a session in a message
+
 _STATES = {
     State.EMPTY: spb.Session.STATE_EMPTY,
     State.STORED: spb.Session.STATE_STORED,
@@ -73,9 +75,6 @@ def response(whole: Delta) -> gpb.GenerateResponse:
         finish_reason=_FINISH_REASONS[whole.finish_reason],
         usage=None if whole.usage is None else _usage(whole.usage),
     )
-
-
-CHUNK = 2**20  # bytes
 
 
 def session(info: SessionInfo) -> spb.Session:
