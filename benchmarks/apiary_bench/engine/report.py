@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from rich.text import Text
 
 from apiary_bench.document import provenance
 from apiary_bench.engine.decode import Decode
@@ -21,6 +20,7 @@ from apiary_bench.engine.turns import Turns
 from apiary_bench.engine.warm import Result as WarmResult
 from apiary_bench.engine.warm import Warm
 from apiary_bench.engine.workbench import Workbench
+from apiary_bench.tables import facts
 
 VERSIONS = ("apiary", "torch", "transformers", "numpy")
 
@@ -108,8 +108,7 @@ def prefill(plan: Prefill, rows: Sequence[PrefillRow]) -> tuple[str, Table]:
 
 def warm(plan: Warm, result: WarmResult) -> tuple[str, Table]:
     """What was asked; memory and first tokens."""
-    table = Table.grid(padding=(0, 2))
-    for label, value in (
+    table = facts(
         ("resident", f"{result.resident} sessions"),
         ("parked", f"{result.parked} sessions"),
         ("a slot, resident or parked", f"{result.slot_bytes / 2**20:.1f} MiB"),
@@ -122,8 +121,7 @@ def warm(plan: Warm, result: WarmResult) -> tuple[str, Table]:
         ("first token, parked", _milliseconds(result.parked_ttft)),
         ("parked / resident", f"{result.ratio:.2f}x (median of pairs)"),
         ("slowest parked / median resident", f"{result.worst:.2f}x"),
-    ):
-        table.add_row(Text(label, style="dim"), value)
+    )
     asked = f"warm: {plan.sessions} sessions x {plan.history} of history; next turns of {plan.input} tokens"
     return f"{asked}, {plan.pairs} pairs", table
 

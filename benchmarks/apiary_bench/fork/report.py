@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from apiary_bench.fork.run import Fork, Forks, Plan
 from apiary_bench.own import report
 from apiary_bench.serving.report import worker
+from apiary_bench.tables import facts
 
 _MIB = 2**20
 
@@ -53,15 +53,12 @@ def answers(plan: Plan, found: Forks) -> Table:
 
 def sessions(plan: Plan, found: Forks) -> Table:
     """Where the sessions were, and that they answered."""
-    table = Table.grid(padding=(0, 2))
-    for label, value in (
+    return facts(
         ("after the last fork", _states(found.made)),
         ("after the last answer", _states(found.answered)),
         ("copied in all", f"{found.copied_bytes / _MIB:,.0f} MiB"),
         ("answered, all alike", f"{len(found.firsts):,} sessions, {plan.output} tokens each"),
-    ):
-        table.add_row(Text(label, style="dim"), value)
-    return table
+    )
 
 
 def _copied(forks: Sequence[Fork]) -> str:

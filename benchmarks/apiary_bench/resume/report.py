@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from apiary_bench.own import report
 from apiary_bench.resume.run import Plan, Resume
 from apiary_bench.serving.report import worker
+from apiary_bench.tables import facts
 
 
 def document(plan: Plan, flags: Mapping[str, str], found: Resume) -> dict[str, Any]:
@@ -47,12 +47,9 @@ def first_tokens(found: Resume) -> Table:
 
 def ratios(found: Resume) -> Table:
     """Medians beside each other."""
-    table = Table.grid(padding=(0, 2))
-    for label, value in (
+    return facts(
         ("after the ready line / warm", f"{found.slowdown:.2f}x"),
         ("without the snapshot / with it", f"{found.gain:.1f}x"),
         ("process start to ready line", f"{found.ready:.2f} s"),
         ("snapshot", f"{found.snapshot_bytes / 2**20:.1f} MiB"),
-    ):
-        table.add_row(Text(label, style="dim"), value)
-    return table
+    )

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from apiary_bench.document import provenance
 from apiary_bench.serving.generator import Run
@@ -14,6 +13,7 @@ from apiary_bench.serving.interference import Interference, Scene
 from apiary_bench.serving.record import Record
 from apiary_bench.serving.statistics import Distribution, Summary
 from apiary_bench.serving.workload import Workload
+from apiary_bench.tables import facts
 from apiary_client import Capacity, Model
 
 _VERSIONS = ("apiary", "grpcio", "protobuf")
@@ -70,8 +70,7 @@ def latencies(summary: Summary) -> Table:
 
 def totals(workload: Workload, summary: Summary) -> Table:
     """Counts and rates."""
-    table = Table.grid(padding=(0, 2))
-    for label, value in (
+    return facts(
         ("turns", _turns(summary)),
         ("measured", f"{summary.duration:.2f} s"),
         ("turns/s", f"{summary.request_throughput:.3f}"),
@@ -80,9 +79,7 @@ def totals(workload: Workload, summary: Summary) -> Table:
         ("goodput", _goodput(workload, summary)),
         ("tokens not re-prefilled", f"{summary.cached_tokens}, beside {summary.input_tokens} of input"),
         ("tokens per message", _number(summary.tokens_per_message)),
-    ):
-        table.add_row(Text(label, style="dim"), value)
-    return table
+    )
 
 
 def interference_document(scene: Scene, found: Interference) -> dict[str, Any]:

@@ -56,6 +56,14 @@ def table(rows: Table) -> None:
     (out if out.is_terminal else _wide).print(rows)
 
 
+def facts(*rows: tuple[str, str | Text]) -> Table:
+    """A table of labels and values."""
+    table = Table.grid(padding=(0, 2))
+    for label, value in rows:
+        table.add_row(Text(label, style="dim"), value)
+    return table
+
+
 def note(text: str) -> None:
     """Print a remark for people on stderr."""
     err.print(Text(text, style="dim"), soft_wrap=True)

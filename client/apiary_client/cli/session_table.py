@@ -6,7 +6,6 @@ from datetime import datetime
 
 from rich.filesize import decimal
 from rich.table import Table
-from rich.text import Text
 
 from apiary_client.cli import console
 from apiary_client.types import Session
@@ -23,8 +22,7 @@ def show_session(session: Session, json: bool) -> None:
 def details(session: Session) -> Table:
     """Return a session's facts as a table."""
     cache = session.cache
-    table = Table.grid(padding=(0, 2))
-    for label, value in (
+    return console.facts(
         ("session", session.name),
         ("state", session.state),
         ("policy", session.policy),
@@ -34,10 +32,11 @@ def details(session: Session) -> Table:
         ("created", when(session.create_time)),
         ("last turn", when(session.update_time)),
         ("expires", when(session.expire_time)),
-        ("labels", ", ".join(f"{key}={value}" for key, value in sorted(session.labels.items())) or "none"),
-    ):
-        table.add_row(Text(label, style="dim"), value)
-    return table
+        (
+            "labels",
+            ", ".join(f"{key}={value}" for key, value in sorted(session.labels.items())) or "none",
+        ),
+    )
 
 
 def when(time: datetime | None) -> str:

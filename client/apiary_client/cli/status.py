@@ -36,18 +36,18 @@ def status(
 
 
 def _table(model: Model, now: Capacity) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for label, value in (
+    return console.facts(
         ("model", f"{model.name}, by default {model.default_policy}"),
-        ("turns", f"{now.running_turns} in flight, {now.queued_turns} of at most {now.queue_limit} waiting"),
+        (
+            "turns",
+            f"{now.running_turns} in flight, {now.queued_turns} of at most {now.queue_limit} waiting",
+        ),
         ("sessions", f"{now.sessions}"),
         ("cache", f"{now.resident_sessions}, {_share(now.used_bytes, now.budget_bytes)}"),
         ("parked", f"{now.parked_sessions}, {_share(now.parked_bytes, now.parked_budget_bytes)}"),
         ("stored", f"{now.stored_sessions}, {_share(now.stored_bytes, now.stored_budget_bytes)}"),
-    ):
-        table.add_row(Text(label, style="dim"), value)
-    table.add_row(Text("store", style="dim"), _store(now))
-    return table
+        ("store", _store(now)),
+    )
 
 
 def _share(used: int, budget: int) -> str:
