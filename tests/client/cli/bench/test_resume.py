@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from apiary_bench.errors import VoidError
 from apiary_bench.resume import run as module
-from apiary_bench.resume.run import Plan, Resume
-from apiary_client.cli.app import app
+from apiary_bench.resume.run import Plan
 from tests.benchmarks.resume.test_run import FOUND
+from tests.client.cli.bench.own import Invoke, asked_of, invoker, reports_nothing
 
-Invoke = Callable[..., Result]
 Asked = tuple[Plan, dict[str, str], Path | None]
 
 
 @pytest.fixture
 def invoke() -> Invoke:
-    """Run the command in this process."""
-    return lambda *arguments: CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bench", "resume", *arguments])
+    return invoker("resume")
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked | BaseException]:
-    """What is asked for; an exception in it is raised instead."""
-    asked: list[Asked | BaseException] = []
-
-    async def run(plan: Plan, flags: Mapping[str, str], observe: Any, directory: Path | None) -> Resume:
-        if asked and isinstance(asked[0], BaseException):
-            raise asked[0]
-        asked.append((plan, dict(flags), directory))
-        return FOUND
-
-    monkeypatch.setattr(module, "run", run)
-    return asked
+    return asked_of(module, monkeypatch, FOUND)
 
 
 def test_the_options_are_the_plan_and_the_worker_s_flags(
@@ -69,9 +55,7 @@ def test_a_report_is_printed_and_written(invoke: Invoke, asked: list[Asked], tmp
 
 def test_void_is_told_in_one_line(invoke: Invoke, asked: list[Any], tmp_path: Path) -> None:
     asked.append(VoidError("a turn found nothing"))
-    result = invoke("--json", str(tmp_path / "resume.json"))
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: a turn found nothing\n")
-    assert list(tmp_path.iterdir()) == []
+    reports_nothing(invoke, tmp_path / "resume.json", 1, "error: a turn found nothing\n")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +74,4 @@ def test_what_cannot_be_is_told(invoke: Invoke, arguments: list[str], code: int,
 
 def test_a_run_that_is_stopped_reports_nothing(invoke: Invoke, asked: list[Any], tmp_path: Path) -> None:
     asked.append(KeyboardInterrupt())
-    result = invoke("--json", str(tmp_path / "resume.json"))
-    assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "stopped; nothing is reported\n"
-    assert list(tmp_path.iterdir()) == []
+    reports_nothing(invoke, tmp_path / "resume.json", 130, "stopped; nothing is reported\n")
