@@ -290,6 +290,7 @@ def completion(response: generation_pb.GenerateResponse) -> Completion:
         logprobs=_logprobs(response.logprobs),
         finish_reason=_finish_reason(response.finish_reason),
         usage=_usage(response.usage),
+        index=response.index,
     )
 
 

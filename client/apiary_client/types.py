@@ -88,7 +88,8 @@ class TurnOptions(TypedDict, total=False):
     """Makes a turn of a session idempotent: the same request again gets the same answer, and a turn that
     still runs goes on for the newest call."""
     next_index: int
-    """With a `request_id` that was used before: the number of the answer's tokens that came."""
+    """With a `request_id` that was used before: the number of the answer's tokens that came. What comes says
+    by its `index` whether it goes on from there, or begins anew at 0 since that turn was rolled back."""
     on_cancel: OnCancel | None
     """What a cancel leaves behind."""
     when_busy: WhenBusy | None
@@ -169,13 +170,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer."""
+    """A whole answer, or what is left of it from the token `index` on: that is `next_index` of the request,
+    or 0 where the answer had to be computed anew."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason
     usage: Usage
+    index: int = 0
 
 
 class State(enum.StrEnum):

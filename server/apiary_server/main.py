@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 EXIT_UNHEALTHY = 70  # EX_SOFTWARE: a supervisor should start another
 _UNHEALTHY_NOTICE = 1.0  # seconds in which health checks can see NOT_SERVING before the process ends
+_ONE_SIGNAL = 1.0  # seconds in which another signal is the first one's: `timeout`, for one, sends two
 _LAST_WORDS = 2.0  # seconds for the ends of the last streams to reach their readers
 
 log = structlog.get_logger(__name__)
@@ -34,8 +35,8 @@ def serve(settings: Settings) -> None:
     """Run a worker until SIGTERM or SIGINT.
 
     Prints one line on stdout when ready. A signal drains: health says NOT_SERVING, new turns are refused,
-    running ones finish or roll back within `drain_grace`; a second signal ends the process at once. If the
-    engine breaks, the process ends with `EXIT_UNHEALTHY`.
+    running ones finish or roll back within `drain_grace`; another signal, a second later or more, ends the
+    process at once. If the engine breaks, the process ends with `EXIT_UNHEALTHY`.
 
     Raises:
         SystemExit: it could not start, as a line on stderr says: 2 for settings that cannot be served, 1 for
@@ -86,17 +87,21 @@ async def _serve(engine: Engine, settings: Settings) -> None:
 
 
 def _on_signals() -> asyncio.Event:
-    """An event that the first SIGTERM or SIGINT sets; the second ends the process."""
-    stop = asyncio.Event()
+    """An event that the first SIGTERM or SIGINT sets; another one ends the process."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    first = 0.0
 
     def on_signal(number: int) -> None:
-        if stop.is_set():
+        nonlocal first
+        if not stop.is_set():
+            stop.set()
+            first = loop.time()
+        elif loop.time() - first > _ONE_SIGNAL:
             log.warning("second signal: leaving at once", signal=number)
             os._exit(128 + number)
-        stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+        loop.add_signal_handler(number, on_signal, number)
     return stop
 
 

@@ -33,10 +33,8 @@ def open_stores(settings: Settings, tokenizer: str) -> Stores | None:
     if settings.durability == "off":
         return None
     if settings.state_dir is not None:
-        directory = settings.state_dir
-        return Stores(
-            SqliteStore(directory, tokenizer), SnapshotFiles(directory / "snapshots"), str(directory)
-        )
+        directory, snapshots = settings.state_dir, settings.state_dir / "snapshots"
+        return Stores(SqliteStore(directory, tokenizer, snapshots), SnapshotFiles(snapshots), str(directory))
     if settings.store is not None:
         return _valkey(settings.store.get_secret_value(), settings, tokenizer)
     return None

@@ -134,7 +134,7 @@ class Telemetry(Observer):
             "apiary.cache.moves",
             [moved],
             "{move}",
-            "Caches that were parked, unparked, saved, stored or loaded.",
+            "Caches that were parked, unparked, saved, stored, loaded or lost.",
         )
 
     def step(self, stats: StepStats) -> None:

@@ -10,6 +10,8 @@ import torch
 from apiary_server.engine.door import Door
 from apiary_server.engine.engine import Engine
 from apiary_server.engine.loop import Loop
+from apiary_server.engine.mailbox import Mailbox
+from apiary_server.engine.restorer import Restorer
 from apiary_server.engine.result import ModelInfo, Observer
 from apiary_server.engine.scheduler import Scheduler
 from apiary_server.errors import InvalidField
@@ -158,6 +160,8 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
     archive = _archive(settings, stores, loaded, sessions, origin)
     parking = parking_of(device, settings.parked_budget)
     residency = Residency(pool, settings.reserve_slots, settings.parked_budget, parking, archive)
+    mailbox = Mailbox()
+    restorer = Restorer(archive, sessions, residency, mailbox)
     scheduler = Scheduler(
         settings.step_tokens,
         settings.max_running,
@@ -169,11 +173,15 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
         model=model,
         door=Door(model, loaded.tokenizer, sessions, residency, loaded.rotary, scheduler),
         scheduler=scheduler,
+        mailbox=mailbox,
+        restorer=restorer,
         loop=Loop(
+            mailbox,
             Runner(loaded.backend),
             scheduler,
             sessions,
             residency,
+            restorer,
             observer or Observer(),
             settings.reattach_grace,
             journal,

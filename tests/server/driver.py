@@ -127,7 +127,7 @@ def wake(engine: Engine) -> None:
     """Let other threads go on, and have the next step not wait for them: the store's sends no command."""
     if engine._loop._idle:
         time.sleep(0.001)
-        engine._loop.post(lambda: None)
+        engine._mailbox.post(lambda: None)
 
 
 def step(engine: Engine, count: int = 1) -> None:

@@ -40,6 +40,23 @@ def test_a_directory(tmp_path: Path) -> None:
     assert {path.name for path in directory.rglob("*")} == {"sessions.db", "snapshots", "a", "b"}
 
 
+@pytest.mark.parametrize("lost", ["missing", "empty"])
+def test_a_directory_that_lost_its_database_is_left_as_it_is(tmp_path: Path, lost: str) -> None:
+    snapshots = tmp_path / "snapshots"
+    used(open_stores(Settings.load(state_dir=tmp_path), "bytes"))
+    (snapshots / "a").rename(snapshots / "a-1.snapshot")
+    for path in tmp_path.glob("sessions.db*"):
+        path.unlink()
+    if lost == "empty":
+        (tmp_path / "sessions.db").touch()
+    for _ in range(2):
+        with pytest.raises(StoreError, match="put the database back"):
+            open_stores(Settings.load(state_dir=tmp_path), "bytes")
+    assert (snapshots / "a-1.snapshot").exists()
+    (snapshots / "a-1.snapshot").unlink()
+    assert used(open_stores(Settings.load(state_dir=tmp_path), "bytes"))
+
+
 def test_a_server(valkey_server: ValkeyServer) -> None:
     url = f"unix://{valkey_server.unix_socket_path}?namespace=of-settings&lease=300"
     for _ in range(2):  # the second need not wait

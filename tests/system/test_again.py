@@ -45,6 +45,10 @@ def test_a_dropped_connection_loses_nothing(worker: Worker, client: Client) -> N
         FinishReason.LENGTH,
     )
     assert client.get_session("talk").turn_count == 1
+    rest = client.generate(
+        "Tell me more.", session="talk", stopping=LONG, request_id="once", next_index=390, timeout=60
+    )
+    assert (again.index, rest.index, rest.token_ids) == (0, 390, whole.token_ids[390:])
 
 
 def test_what_was_delivered_is_kept(client: Client) -> None:

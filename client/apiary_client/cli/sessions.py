@@ -144,12 +144,11 @@ def rewind(
     if (keep is None) == (back is None):
         raise typer.BadParameter("give one of --keep and --back", param_hint="apiary sessions rewind")
     with connect(target, tenant, tls, tls_root_file) as client:
-        if keep is None:
-            turns = client.get_session(name).turn_count
-            keep = turns - (back or 0)
-            if keep < 0:
-                console.fail(f"{name} has {turns} turns: --back is at most that")
-        session = client.rewind_session(name, keep)
+        turns = client.get_session(name).turn_count
+        if max(keep or 0, back or 0) > turns:
+            option = "--keep" if back is None else "--back"
+            console.fail(f"{name} has {turns} turns: {option} is at most that")
+        session = client.rewind_session(name, turns - back if back is not None else keep or 0)
     show_session(session, json)
 
 

@@ -12,6 +12,7 @@ from apiary_server import errors
 from apiary_server.engine.delivery import TokenStream
 from apiary_server.engine.door import Door
 from apiary_server.engine.loop import Loop
+from apiary_server.engine.mailbox import Mailbox
 from apiary_server.engine.places import Place, Places
 from apiary_server.engine.request import TurnRequest
 from apiary_server.engine.restorer import Restorer
@@ -65,16 +66,24 @@ class Admission:
     Args:
         door: turns requests into turns, or refuses them.
         scheduler: which turns may wait.
-        loop: what takes them.
+        mailbox: brings them to the engine thread.
+        loop: what takes them there.
         sessions: the table of sessions.
         restorer: brings their caches back.
     """
 
     def __init__(
-        self, door: Door, scheduler: Scheduler, loop: Loop, sessions: SessionManager, restorer: Restorer
+        self,
+        door: Door,
+        scheduler: Scheduler,
+        mailbox: Mailbox,
+        loop: Loop,
+        sessions: SessionManager,
+        restorer: Restorer,
     ) -> None:
         self._door = door
         self._scheduler = scheduler
+        self._mailbox = mailbox
         self._loop = loop
         self._sessions = sessions
         self._restorer = restorer
@@ -131,7 +140,7 @@ class Admission:
     def _open(self, opening: _Opening) -> None:
         earlier = self._door.earlier(opening.request)
         if isinstance(earlier, Turn):
-            self._loop.post(lambda: self._attach(opening, earlier))
+            self._mailbox.post(lambda: self._attach(opening, earlier))
         elif earlier is not None:
             self._replay(opening, earlier)
         else:
@@ -175,7 +184,7 @@ class Admission:
             self._sessions.end_turn(session)
             raise
         turn = self._door.admit(opening.request, opening.stream, session)
-        self._loop.post(lambda: self._arrive(opening, turn))
+        self._mailbox.post(lambda: self._arrive(opening, turn))
         opening.queued.set_result(None)
 
     def _leave(self, opening: _Opening, brought: Future[None]) -> None:

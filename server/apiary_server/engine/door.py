@@ -136,24 +136,20 @@ class Door:
             raise
 
     def _turn(self, request: TurnRequest, stream: TokenStream, session: Session) -> Turn:
-        carried = session.pending
-        cached = len(session.transcript) - len(carried)
         input = self._input(request, session)
         most = self._model.max_prompt_tokens
         if not 1 <= len(input) <= most:
             why = f"the input has {len(input)} tokens; a turn takes 1 to {most}"
             raise InvalidField([(_field(request), why)])
         policy = session.policy if session.turns else self._pinning(session.policy, request, input)
-        tokens = [*carried, *input]
-        cache = session.cache  # once: a delete may take it away meanwhile
-        entries = cache.n if cache is not None else 0
-        bound = session.policy.bound
-        if not session.policy.evicts and entries + len(tokens) > bound:
+        bound, cached = session.policy.bound, session.turns[-1].seen if session.turns else 0
+        tokens = len(session.transcript) - cached + len(input)
+        if not session.policy.evicts and cached + tokens > bound:
             raise ContextFull(
-                f"{len(tokens)} more tokens do not fit: the session's cache keeps {entries} and its policy "
+                f"{tokens} more tokens do not fit: the session's cache keeps {cached} and its policy "
                 f"{session.policy} holds at most {bound}; send less, or use a policy that evicts, like buzz",
-                cached=entries,
-                prompt=len(tokens),
+                cached=cached,
+                prompt=tokens,
                 bound=bound,
             )
         stopping, seed = request.stopping, request.sampling.seed
@@ -164,15 +160,10 @@ class Door:
             transaction=Transaction(session, self._residency, self._rotary, policy),
             stream=stream,
             detokenizer=Detokenizer(self.tokenizer.backend, stopping.stop),
-            tokens=tokens,
-            carried=len(carried),
-            prompt_end=len(tokens),
+            input=input,
             max_tokens=stopping.max_tokens or self._model.default_max_tokens,
             stop_tokens=frozenset((*eos, *stopping.stop_token_ids)),
             seed=secrets.randbits(64) if seed is None else seed,
-            cached_tokens=cached,
-            history=session.missing(cached),
-            rebuild=session.rebuild,
             digest=request.digest if request.request_id is not None else "",
         )
 

@@ -16,6 +16,7 @@ from apiary_server.engine.delivery import TokenStream
 from apiary_server.engine.door import Door
 from apiary_server.engine.keeper import Keeper
 from apiary_server.engine.loop import Loop
+from apiary_server.engine.mailbox import Mailbox
 from apiary_server.engine.places import Place
 from apiary_server.engine.porter import Porter
 from apiary_server.engine.request import CacheMapRequest, Messages, Text, TurnRequest
@@ -41,7 +42,9 @@ class Engine:
         model: the served model and its limits.
         door: turns requests into turns, or refuses them.
         scheduler: which turns may wait.
-        loop: what the engine thread does.
+        mailbox: what the engine thread is asked for.
+        restorer: brings caches back that are stored.
+        loop: what that thread does.
         sessions: the table of sessions.
         step_limit: seconds after which a step hangs.
         origin: whose caches are taken in.
@@ -62,6 +65,8 @@ class Engine:
         model: ModelInfo,
         door: Door,
         scheduler: Scheduler,
+        mailbox: Mailbox,
+        restorer: Restorer,
         loop: Loop,
         sessions: SessionManager,
         step_limit: float,
@@ -70,22 +75,23 @@ class Engine:
         journal: Journal | None = None,
         archive: Archive | None = None,
     ) -> None:
-        self._restorer = Restorer(archive, sessions, loop)
+        self._restorer = restorer
         self.model = model
         self.sessions = sessions
-        self.keeper = Keeper(sessions, loop.residency, loop, self._restorer, archive)
+        self.keeper = Keeper(sessions, loop.residency, mailbox, loop, self._restorer, archive)
         self.porter = Porter(self.keeper, sessions, self._restorer, origin, rotary, model.vocab_size)
         self.healthy = True
         self.on_unhealthy: Callable[[], None] | None = None
         self._door = door
         self._scheduler = scheduler
+        self._mailbox = mailbox
         self._loop = loop
         self._step_limit = step_limit
         self._journal = journal
         self._archive = archive
         if archive is not None:
-            archive.start(loop.call, loop.residency.image, lambda: self._working)
-        self._admission = Admission(door, scheduler, loop, sessions, self._restorer)
+            archive.start(mailbox.call, loop.residency.image, lambda: self._working)
+        self._admission = Admission(door, scheduler, mailbox, loop, sessions, self._restorer)
         self._rotary = rotary
         self._warm = threading.Event()
         self._stopping = threading.Event()
@@ -110,7 +116,7 @@ class Engine:
         while time.monotonic() < deadline and self._thread.is_alive() and self._busy:
             time.sleep(0.02)
         self._stopping.set()
-        self._loop.post(lambda: None)
+        self._mailbox.post(lambda: None)
         self._thread.join(timeout=self._step_limit)
         self._restorer.close()
         self.porter.close()
@@ -175,7 +181,7 @@ class Engine:
 
     def moves(self) -> Mapping[str, int]:
         """How many caches went where so far: `parked`, `unparked`, `saved`, `stored` (and left memory),
-        `loaded`."""
+        `loaded`; or were `lost`, since there was no room and the store took none."""
         saved = {} if self._archive is None else {"saved": self._archive.saved}
         return {**self._loop.residency.moves, **saved}
 
@@ -205,7 +211,7 @@ class Engine:
                 _log.exception("the engine loop broke")
                 self._lose_health()
             finally:
-                self._loop.end()
+                self._mailbox.close()
 
     # the watchdog thread
 

@@ -13,6 +13,7 @@ import torch
 from apiary_server import errors
 from apiary_server.engine.cache_map import CacheCopy, copy_of
 from apiary_server.engine.loop import Loop
+from apiary_server.engine.mailbox import Mailbox
 from apiary_server.engine.restorer import Restorer
 from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.info import RebuildReason, SessionInfo, State
@@ -40,7 +41,8 @@ class Keeper:
     Args:
         sessions: the table of sessions.
         residency: their memory.
-        loop: what the engine thread does.
+        mailbox: what the engine thread is asked for.
+        loop: what it does.
         restorer: brings caches back that are stored.
         archive: what stores them; None: nothing does.
     """
@@ -49,6 +51,7 @@ class Keeper:
         self,
         sessions: SessionManager,
         residency: Residency,
+        mailbox: Mailbox,
         loop: Loop,
         restorer: Restorer,
         archive: Archive | None = None,
@@ -57,6 +60,7 @@ class Keeper:
         self._restorer = restorer
         self._sessions = sessions
         self._residency = residency
+        self._mailbox = mailbox
         self._loop = loop
         self._changing: set[Future[Any]] = set()
 
@@ -142,7 +146,7 @@ class Keeper:
             self._loop.free(session)
             self._loop.when_stored(session, lambda _: done.set_result(None))
 
-        self._loop.post(forget)
+        self._mailbox.post(forget)
         return done
 
     def copy(self, tenant: str, id: str) -> Future[tuple[StoredSession, Image]]:
@@ -176,7 +180,7 @@ class Keeper:
             return copy_of(session, self._residency.look(session))
 
         if self._sessions.get(tenant, id).state is not State.STORED:
-            return self._loop.call(lambda: copy(self._sessions.idle(tenant, id)))
+            return self._mailbox.call(lambda: copy(self._sessions.idle(tenant, id)))
         return self._copied(tenant, id, copy)
 
     def stored(self, session: Session) -> Future[SessionInfo]:
@@ -244,7 +248,7 @@ class Keeper:
                     self._sessions.end_turn(session)
                     raise
                 if tell is None:
-                    threading.Timer(_LOOK, self._loop.post, [lambda: run(brought)]).start()
+                    threading.Timer(_LOOK, self._mailbox.post, [lambda: run(brought)]).start()
                     return
                 self._sessions.end_turn(session)
                 tell()
@@ -253,10 +257,10 @@ class Keeper:
 
         def begin(_: object) -> None:
             if not cache or held.exception() is not None:
-                self._loop.post(lambda: run(None))
+                self._mailbox.post(lambda: run(None))
             else:
                 brought = self._restorer.bring(held.result())
-                brought.add_done_callback(lambda _: self._loop.post(lambda: run(brought)))
+                brought.add_done_callback(lambda _: self._mailbox.post(lambda: run(brought)))
 
         held.add_done_callback(begin)
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import queue
 import secrets
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
 
 import structlog
-import torch
 
 from apiary_server import errors
 from apiary_server.engine.delivery import Delivery, TokenStream, deliver
+from apiary_server.engine.mailbox import Mailbox
 from apiary_server.engine.request import TurnRequest
+from apiary_server.engine.restorer import Restorer
 from apiary_server.engine.result import Delta, Observer, StepStats
 from apiary_server.engine.scheduler import Scheduler
 from apiary_server.engine.step import ScheduledChunk, StepPlan
@@ -29,7 +26,6 @@ from apiary_server.sessions.manager import SessionManager, resource_name
 from apiary_server.sessions.residency import Residency
 from apiary_server.sessions.session import Session
 
-_Outcome = TypeVar("_Outcome")
 _Stats = TypeVar("_Stats")
 _log = structlog.get_logger(__name__)
 _IDLE_WAIT = 0.5  # seconds between looks at expired sessions when there is no turn
@@ -37,13 +33,15 @@ _PAUSED_WAIT = 0.005  # seconds between looks at readers and memory when all tur
 
 
 class Loop:
-    """What the engine thread does, again and again. All but `post` is for that thread.
+    """What the engine thread does, again and again. For that thread, but for what says otherwise.
 
     Args:
+        mailbox: what it is asked for.
         runner: the forward pass.
         scheduler: what runs next.
         sessions: the table of sessions.
         residency: their memory.
+        restorer: brings caches back that left it.
         observer: receives plain numbers.
         reattach_grace: seconds that a turn with a request id goes on without a reader.
         journal: what stores sessions; None: nothing does.
@@ -51,10 +49,12 @@ class Loop:
 
     def __init__(
         self,
+        mailbox: Mailbox,
         runner: Runner,
         scheduler: Scheduler,
         sessions: SessionManager,
         residency: Residency,
+        restorer: Restorer,
         observer: Observer,
         reattach_grace: float,
         journal: Journal | None = None,
@@ -62,47 +62,21 @@ class Loop:
         self.runner = runner
         self.residency = residency
         self.step_began: float | None = None
+        self._mailbox = mailbox
         self._scheduler = scheduler
         self._sessions = sessions
+        self._restorer = restorer
         self._observer = observer
         self._reattach_grace = reattach_grace
         self._journal = journal
         self._delivery = Delivery()
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._posting = threading.Lock()
-        self._alone = threading.RLock()
-        self._ended = False
         self._after_flush: list[Callable[[], None]] = []
         self._idle = True  # the step before had nothing to run
-
-    def post(self, command: Callable[[], None]) -> None:
-        """Have something done on the engine thread, before the next step; when that has ended, at once."""
-        with self._posting:
-            if not self._ended:
-                self._commands.put(command)
-                return
-        with self._alone, torch.inference_mode():  # as there: such tensors refuse changes elsewhere
-            command()
-
-    def call(self, work: Callable[[], _Outcome]) -> Future[_Outcome]:
-        """Have something done in the same way. Returns what comes of it; to cancel that has it not done, if
-        it has not begun."""
-        outcome: Future[_Outcome] = Future()
-        self.post(lambda: settle(outcome, work))
-        return outcome
-
-    def end(self) -> None:
-        """The engine thread ends: do what it was asked for still. Whoever asks later does it himself."""
-        with self._posting:
-            self._ended = True
-        with self._alone, contextlib.suppress(queue.Empty):
-            while True:
-                self._commands.get_nowait()()
 
     def add(self, turn: Turn) -> None:
         """Queue a turn, and end the one that has to leave for it if the queue is full."""
         leaving = self._scheduler.add(turn)
-        if self._ended:  # it was on its way to the queue when the engine thread ended
+        if self._mailbox.closed:  # it was on its way to the queue when the engine thread ended
             self._fail(turn, _shut_down())
             self._hand_over()
         elif leaving is not None:
@@ -142,18 +116,21 @@ class Loop:
 
     def step(self) -> None:
         """One turn of the loop: take commands, end what is over, schedule, run, hand out."""
-        self._take_commands()
+        wait = _PAUSED_WAIT if self._scheduler.turns() else _IDLE_WAIT
+        self._mailbox.obey(wait if self._idle else 0)
         self._end_lost_turns()
         for session in self._sessions.remove_expired():
             self.residency.free(session)
         plan = self._scheduler.schedule()
+        for turn in plan.away:
+            self._fetch(turn)
         self._idle = not plan.chunks
         if plan.chunks:
             self.step_began = time.monotonic()
             self._execute(plan)
             self.step_began = None
         else:
-            self._refuse_for_memory(plan)
+            self._make_room(plan)
         if not self._scheduler.turns():
             self.residency.check_integrity()
         self._hand_over()
@@ -166,13 +143,6 @@ class Loop:
             command()
         if self._journal is not None:
             self._journal.give_up()
-
-    def _take_commands(self) -> None:
-        wait = _PAUSED_WAIT if self._scheduler.turns() else _IDLE_WAIT
-        with contextlib.suppress(queue.Empty):
-            self._commands.get(block=self._idle, timeout=wait)()
-            while True:
-                self._commands.get_nowait()()
 
     def _end_lost_turns(self) -> None:
         """End the turns that nobody waits for any more."""
@@ -198,13 +168,30 @@ class Loop:
                 except errors.DeadlineExceeded as error:
                     self._fail(turn, error)
 
-    def _refuse_for_memory(self, plan: StepPlan) -> None:
-        """If every turn waits for memory, nobody will give any back: end one of them."""
+    def _make_room(self, plan: StepPlan) -> None:
+        """If every turn waits for memory, nobody will give any back: have the session of one that has not
+        started leave it to them, the last in line first; if that cannot be, end one of them."""
         running = self._scheduler.running
         turn = running[-1] if running else plan.blocked
-        if turn is None or self.residency.waits or not all(other.starved for other in running):
+        if turn is None or not all(other.starved for other in running):
             return
-        self._fail(turn, self.residency.exhausted(turn.session.layout))
+        others = [other for other in reversed(self._scheduler.line()) if other is not turn]
+        gone = self.residency.dislodge([other.session for other in others])
+        for other in others:
+            other.away |= other.session is gone
+        if gone is None and not self.residency.waits:
+            self._fail(turn, self.residency.exhausted(turn.session.layout))
+
+    def _fetch(self, turn: Turn) -> None:
+        """Have a session's cache back in memory, or known to be lost, for a turn that could start."""
+        if turn.fetching is not None:
+            return
+
+        def fetched() -> None:
+            turn.away, turn.fetching = False, None
+
+        turn.fetching = self._restorer.bring(turn.session)
+        turn.fetching.add_done_callback(lambda _: self._mailbox.post(fetched))
 
     def _execute(self, plan: StepPlan) -> None:
         began = time.monotonic()
@@ -328,7 +315,11 @@ class Loop:
     def _fail(self, turn: Turn, error: errors.ApiaryError) -> None:
         """End a turn as if it had never been."""
         turn.transaction.rollback()
-        self._sessions.end_turn(turn.session)
+        if turn.fetching is None:
+            self._sessions.end_turn(turn.session)
+        else:  # the cache comes for this turn, and for no other
+            turn.fetching.cancel()
+            turn.fetching.add_done_callback(lambda _: self._sessions.end_turn(turn.session))
         self._scheduler.remove(turn)
         self._delivery.send(turn.stream, error)
         self._notify(self._observer.turn, turn.stats(time.monotonic(), type(error).__name__))
@@ -362,15 +353,6 @@ class Loop:
                 sessions=len(self._sessions),
             ),
         )
-
-
-def settle(outcome: Future[_Outcome], work: Callable[[], _Outcome]) -> None:
-    """Do something whose outcome somebody waits for, unless it was cancelled."""
-    if outcome.set_running_or_notify_cancel():
-        try:
-            outcome.set_result(work())
-        except BaseException as error:
-            outcome.set_exception(error)
 
 
 def _shut_down() -> errors.Draining:

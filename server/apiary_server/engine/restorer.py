@@ -11,11 +11,12 @@ from typing import TypeVar
 
 import structlog
 
-from apiary_server.engine.loop import Loop, settle
+from apiary_server.engine.mailbox import Mailbox, settle
 from apiary_server.errors import BudgetExhausted, Draining
 from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.manager import SessionManager
+from apiary_server.sessions.residency import Residency
 from apiary_server.sessions.restored import Restored
 from apiary_server.sessions.session import Session
 
@@ -33,13 +34,17 @@ class Restorer:
     Args:
         archive: what reads snapshots; None: nothing is stored.
         sessions: the table of sessions.
-        loop: what the engine thread does.
+        residency: their memory.
+        mailbox: what the engine thread does.
     """
 
-    def __init__(self, archive: Archive | None, sessions: SessionManager, loop: Loop) -> None:
+    def __init__(
+        self, archive: Archive | None, sessions: SessionManager, residency: Residency, mailbox: Mailbox
+    ) -> None:
         self._archive = archive
         self._sessions = sessions
-        self._loop = loop
+        self._residency = residency
+        self._mailbox = mailbox
         self._ended = threading.Event()
         self._hung: Future[_Found] | None = None  # a read that took too long
         self._thread = ThreadPoolExecutor(1, "restorer")
@@ -113,7 +118,7 @@ class Restorer:
         until = time.monotonic() + _PATIENCE
         while not self._on_engine(lambda: self._take_in(session, found, why)):
             if time.monotonic() >= until:
-                raise self._loop.residency.exhausted(session.layout)
+                raise self._residency.exhausted(session.layout)
             self._ended.wait(_LOOK)
 
     def _warm(self, archive: Archive, sessions: list[Session]) -> None:
@@ -143,7 +148,7 @@ class Restorer:
 
     def _on_engine(self, work: Callable[[], _T]) -> _T:
         """Have something done on the engine thread, and wait for it."""
-        done = self._loop.call(work)
+        done = self._mailbox.call(work)
         while True:
             with contextlib.suppress(TimeoutError):
                 return done.result(1.0)
@@ -155,10 +160,10 @@ class Restorer:
     def _take_in(self, session: Session, found: Restored | None, why: RebuildReason | None) -> bool:
         if session.deleted or session.cache is not None:
             return True
-        if found is not None and not self._loop.residency.receive(session, found):
+        if found is not None and not self._residency.receive(session, found):
             return False
         session.rebuild = why
         return True
 
     def _has_room(self, session: Session) -> bool:
-        return self._loop.residency.has_room(session.layout)
+        return self._residency.has_room(session.layout)

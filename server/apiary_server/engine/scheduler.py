@@ -33,6 +33,7 @@ _LEVEL_SECONDS = 1.0  # waiting that is worth a level of priority
 _LEVEL_TOKENS = 512  # tokens of prompt that cost one
 _LEAST_CHUNK = 16  # tokens that a step has for prefill, whatever it costs; and no chunk is cut smaller
 _OPTIMISM = 0.5  # of the time that a first token should take: only what misses even that is refused
+_PATIENCE = 5.0  # seconds for which a turn without room lets others go first
 _PACE_GAIN = 0.2  # of the newest gap between two starts in their mean
 _FIRST_RETRY = 1.0  # seconds until a place in the queue is free, while no turn has left it yet
 _LEAST_RETRY, _MOST_RETRY = 0.1, 60.0  # seconds
@@ -100,6 +101,10 @@ class Scheduler:
             raise self._full(
                 f"{self.queue_limit} turns may wait, and do; {counts[tenant]} of them are this tenant's"
             )
+
+    def line(self) -> list[Turn]:
+        """The turns that wait, as the last step would have started them."""
+        return list(self._in_order(self.waiting))
 
     def add(self, turn: Turn) -> tuple[Turn, QueueFull] | None:
         """Queue a turn. If that is one too many, returns the one that has to end, and why."""
@@ -209,10 +214,13 @@ class Scheduler:
     def _start(self, plan: StepPlan, turn: Turn) -> bool:
         """Start a waiting turn; False if it cannot start in this step.
 
-        Where one waits for room, no other starts; but if nothing runs, it waits for those behind it that have
-        room: their sessions move out for nobody until their turns are over.
+        Where one waits for room, no other starts; but if nothing runs, it waits for a while for those behind
+        it that have room.
         """
-        if not self._may_start or (plan.blocked is not None and (self.running or not turn.resident)):
+        if not self._may_start or (plan.blocked is not None and not self._may_overtake(turn, plan.blocked)):
+            return False
+        if turn.away:
+            plan.away.append(turn)
             return False
         if not turn.open():
             plan.blocked = turn
@@ -223,6 +231,9 @@ class Scheduler:
         gap, self._started = now - self._started, now
         self._pace = gap if self._pace is None else self._pace + _PACE_GAIN * (gap - self._pace)
         return True
+
+    def _may_overtake(self, turn: Turn, blocked: Turn) -> bool:
+        return not self.running and turn.resident and self._clock() - blocked.arrived < _PATIENCE
 
     def _give(self, plan: StepPlan, turn: Turn, most: int) -> int:
         """Add the turn's next chunk to the plan. Returns its tokens; 0 if it has to wait for memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from apiary_server.engine.delivery import TokenStream
@@ -24,6 +25,9 @@ class Turn:
     `tokens` are the session's uncached tokens, the input, and what was generated; the first `computed` of
     them are in the cache. Prefill and decode differ in nothing else: what is left to compute is
     `len(tokens) - computed`.
+
+    While it waits, its session's cache may leave memory, and come back as it was or not at all: what depends
+    on it is settled when the turn starts.
     """
 
     request: TurnRequest
@@ -31,18 +35,24 @@ class Turn:
     transaction: Transaction
     stream: TokenStream
     detokenizer: Detokenizer
-    tokens: list[int]
-    carried: int  # of `tokens`, those that earlier turns committed but never fed to the model
-    prompt_end: int
+    input: Sequence[int]
     max_tokens: int
     stop_tokens: frozenset[int]
     seed: int
-    cached_tokens: int
-    history: Sequence[tuple[int, bool]] = ()  # of a cache to rebuild, where its segments end; see `Session`
-    rebuild: RebuildReason | None = None
     digest: str = ""  # of the request, if it has an id
     arrived: float = field(default_factory=time.monotonic)
 
+    tokens: list[int] = field(init=False)
+    prompt_end: int = field(init=False)
+    carried: int = field(
+        init=False
+    )  # of `tokens`, those that earlier turns committed but that are not cached
+    cached_tokens: int = field(init=False)
+    history: Sequence[tuple[int, bool]] = field(init=False)  # of a cache to rebuild, where its segments end
+    rebuild: RebuildReason | None = field(init=False)
+
+    away: bool = False  # its session's cache left memory for others, and has to be brought
+    fetching: Future[None] | None = None  # is done when it was
     computed: int = 0
     segment_end: int = 0
     delivered: int = 0  # generated tokens sent to the reader
@@ -55,6 +65,9 @@ class Turn:
     cut: ApiaryError | None = None  # what cut it short, where the answer is kept
     started: float | None = None
     first_token: float | None = None
+
+    def __post_init__(self) -> None:
+        self._go_on_from_cache()
 
     @property
     def tenant(self) -> str:
@@ -106,8 +119,17 @@ class Turn:
         """Lease what the turn needs to start; False if there is no room now."""
         if not self.transaction.open():
             return False
+        self._go_on_from_cache()
         self.started = time.monotonic()
         return True
+
+    def _go_on_from_cache(self) -> None:
+        session, carried = self.session, self.session.pending
+        self.tokens = [*carried, *self.input]
+        self.prompt_end, self.carried = len(self.tokens), len(carried)
+        self.cached_tokens = len(session.transcript) - len(carried)
+        self.history = session.missing(self.cached_tokens)
+        self.rebuild = session.rebuild
 
     def begin_segment(self) -> bool:
         """Make room for the next tokens; False if the turn has to wait for memory."""

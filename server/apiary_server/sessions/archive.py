@@ -129,24 +129,23 @@ class Archive:
                 self._mend(id(session))
             self._changed.notify()
 
-    def takes(self, session: Session) -> bool:
-        """Whether a snapshot of a session could be made now."""
-        hopeless = self._failed or self._hangs or id(session) in self._errors
-        return not hopeless and session.layout.bytes + _HEAD <= self.shelf.budget
+    def keeps(self, session: Session) -> bool:
+        """Whether there is a snapshot of a session as it is."""
+        return self.shelf.current(session)
 
     def hurry(self, session: Session) -> bool:
         """Have a snapshot made soon; False if that cannot be now."""
-        if not self.takes(session):
+        hopeless = self._failed or self._hangs or id(session) in self._errors
+        if hopeless or session.layout.bytes + _HEAD > self.shelf.budget:
             return False
         with self._changed:
             self._urgent[id(session)] = session
             self._changed.notify()
         return True
 
-    def release(self, session: Session) -> bool:
-        """Whether there is a snapshot of an idle session as it is; then no turn finds its cache in memory any
-        more."""
-        return self.shelf.current(session) and self._sessions.let_go(session)
+    def release(self, session: Session, *, waiting: bool = False) -> bool:
+        """Have no turn find a session's cache in memory any more; see `SessionManager.let_go`."""
+        return self._sessions.let_go(session, waiting=waiting)
 
     def forget(self, session: Session) -> None:
         """No snapshot of a session is of use any more; the caller has its turn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -19,27 +20,15 @@ from buzz import Buffers
 class Lower(Protocol):
     """Where caches are when they are in memory no more."""
 
-    def release(self, session: Session) -> bool:
-        """Whether an idle session's cache is there as it is; then no turn finds it in memory any more."""
-
-    def takes(self, session: Session) -> bool:
-        """Whether it could be there soon."""
+    def keeps(self, session: Session) -> bool:
+        """Whether a session's cache is there as it is."""
 
     def hurry(self, session: Session) -> bool:
         """Have it there soon; False if that cannot be now."""
 
-
-class Nowhere:
-    """There is no such place."""
-
-    def release(self, session: Session) -> bool:
-        return False
-
-    def takes(self, session: Session) -> bool:
-        return False
-
-    def hurry(self, session: Session) -> bool:
-        return False
+    def release(self, session: Session, *, waiting: bool = False) -> bool:
+        """Have no turn find a session's cache in memory any more; False if one has begun. With `waiting` it
+        has one that has not."""
 
 
 class Residency:
@@ -55,8 +44,9 @@ class Residency:
 
     Attributes:
         waits: whether there was no room just now, but there will be: a cache is being stored, or can be when
-            its session's turn is over.
-        moves: how many caches went where: `parked`, `unparked`, `stored`, `loaded`.
+            its session has no turn in flight, or that waits in the queue.
+        moves: how many caches went where: `parked`, `unparked`, `stored`, `loaded`; or were `lost`, since the
+            store could take none.
     """
 
     def __init__(
@@ -69,7 +59,7 @@ class Residency:
         self.waits = False
         self.moves: Counter[str] = Counter()
         self._parking = parking
-        self._lower = lower or Nowhere()
+        self._lower = lower
         self._idle: OrderedDict[int, Session] = OrderedDict()  # least recently used first
         self._parked: OrderedDict[int, Session] = OrderedDict()  # likewise
         self._running: dict[SlotLayout, int] = {}
@@ -104,6 +94,19 @@ class Residency:
     def claim(self, layout: SlotLayout) -> Lease | None:
         """A second slot for a running turn, or None if it has to wait."""
         return self._lease(layout, leaving=set())
+
+    def dislodge(self, sessions: Sequence[Session]) -> Session | None:
+        """Leave the cache of one of these sessions to the store, whose turns have not started; this one has
+        to have it brought back.
+
+        Args:
+            sessions: the first one goes that can.
+
+        Returns:
+            Which; None if the store has none of them yet, or there is no store.
+        """
+        resident = [session for session in sessions if session.lease is not None]
+        return None if self._lower is None else self._store_first(self._lower, resident, waiting=True)
 
     def lease_beside(self, session: Session) -> Lease | None:
         """A slot for a copy of a session's cache, which is idle and stays where it is; None if there is no
@@ -261,21 +264,34 @@ class Residency:
         return True
 
     def _store_oldest(self) -> bool:
-        """Leave the least recently used idle session to the store; False if it has none as it is yet, or
+        """Leave the least recently used idle session to the store; False if that has none as it is yet, or
         turns in flight hold all slots: what is parked could only make room for those that are idle."""
-        if not self._idle:
+        if self._lower is None or not self._idle:
             return False
         unused = [session for session in (*self._parked.values(), *self._idle.values()) if not session.busy]
-        for session in unused:
-            if self._lower.release(session):
-                self.free(session)
-                self.moves["stored"] += 1
-                return True
-        self.waits = any(self._lower.hurry(session) for session in unused)
-        if not self._running:  # else those that are busy may wait for what runs
-            # they have a turn on its way to the queue, or are being changed, and move out after it
-            self.waits |= any(each.busy and self._lower.takes(each) for each in self._idle.values())
-        return False
+        gone = self._store_first(self._lower, unused)
+        self.waits |= gone is None  # for one of these, or of `_idle` that is busy
+        return gone is not None
+
+    def _store_first(
+        self, lower: Lower, sessions: Sequence[Session], *, waiting: bool = False
+    ) -> Session | None:
+        """Leave the first of some sessions to the store whose cache it has; None if it has none yet. If it
+        will have none, the first is lost: to compute it anew is better than to serve nobody."""
+        move = "stored"
+        gone = next(
+            (each for each in sessions if lower.keeps(each) and lower.release(each, waiting=waiting)), None
+        )
+        if gone is None:
+            if any(lower.hurry(each) for each in sessions):
+                self.waits = True
+                return None
+            move = "lost"
+            gone = next((each for each in sessions if lower.release(each, waiting=waiting)), None)
+        if gone is not None:
+            self.free(gone)
+            self.moves[move] += 1
+        return gone
 
     def _forget(self, session: Session, parked: Tensor) -> None:
         self._parking.forget(parked)

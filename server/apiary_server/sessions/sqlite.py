@@ -51,16 +51,18 @@ class SqliteStore:
     Args:
         directory: it is made if it is missing, for this user alone.
         tokenizer: a digest of the tokenizer; transcripts mean nothing to another.
+        snapshots: where those of its sessions are. While there are some, no database is begun: whoever lost
+            one may have it still elsewhere.
 
     Attributes:
         unread: as of `Store`.
 
     Raises:
         StoreError: the directory cannot be made; another process uses it; or what is there is of a newer
-            version, of another tokenizer, or no database.
+            version, of another tokenizer, or no database; or that is missing.
     """
 
-    def __init__(self, directory: Path, tokenizer: str) -> None:
+    def __init__(self, directory: Path, tokenizer: str, snapshots: Path | None = None) -> None:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -71,6 +73,7 @@ class SqliteStore:
         self.unread = 0
         self._path = directory / "sessions.db"
         self._tokenizer = tokenizer
+        self._snapshots = snapshots
         self._open()
 
     def load(self) -> Iterator[StoredSession]:
@@ -135,6 +138,11 @@ class SqliteStore:
             run("PRAGMA application_id").fetchone(),
         )
         if version == application == 0 and not run("SELECT 1 FROM sqlite_schema").fetchone():
+            if self._snapshots is not None and any(self._snapshots.glob("*.snapshot")):
+                raise StoreError(
+                    f"{self._path} is missing or empty, but {self._snapshots} has snapshots of its sessions: "
+                    "put the database back, or remove the snapshots to begin anew"
+                )
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 run(statement)
             run("INSERT INTO about VALUES (?)", (self._tokenizer,))
@@ -256,7 +264,9 @@ class SqliteStore:
             yield
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
-                raise StoreError(f"{self._path} is in use by another worker") from error
+                raise StoreError(
+                    f"{self._path} is in use by another worker: stop that, or choose another --state-dir"
+                ) from error
             if not os.access(self._path.parent, os.W_OK):
                 raise StoreError(
                     f"{self._path.parent} cannot be written: make it writable, or choose another --state-dir"

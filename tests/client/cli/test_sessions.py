@@ -87,13 +87,16 @@ def test_an_update_that_is_not_clear(apiary: Run, flags: tuple[str, ...], said: 
 
 
 @pytest.mark.usefixtures("two")
-def test_rewind(apiary: Run) -> None:
+def test_rewind(apiary: Run, worker: FakeWorker) -> None:
+    worker.sessions["sessions/alpha"].turn_count = 5
     kept = apiary("sessions", "rewind", "alpha", "--keep", "3", "--json")
     assert json.loads(kept.stdout)["turn_count"] == 3
     back = apiary("sessions", "rewind", "alpha", "--back", "1", "--json")
     assert json.loads(back.stdout)["turn_count"] == 2
     refused = apiary("sessions", "rewind", "alpha", "--back", "9")
     assert (refused.returncode, refused.stderr) == (1, "error: alpha has 2 turns: --back is at most that\n")
+    refused = apiary("sessions", "rewind", "alpha", "--keep", "9")
+    assert (refused.returncode, refused.stderr) == (1, "error: alpha has 2 turns: --keep is at most that\n")
     for neither in ((), ("--keep", "1", "--back", "1")):
         assert apiary("sessions", "rewind", "alpha", *neither).returncode == 2
     beyond = apiary("sessions", "rewind", "alpha", "--keep", "9" * 20)

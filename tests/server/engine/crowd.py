@@ -214,8 +214,7 @@ class Crowd:
         elif isinstance(error, errors.ContextFull):
             assert told.is_full(len(asked.prompt))
         elif isinstance(error, errors.BudgetExhausted):
-            # where sessions whose turns wait hold all slots, and a turn needs its second one to go on
-            self.happened["refused for room, with a store"] += self._ample
+            assert not self.mortal.lasts, "a turn is refused for room, though there is a store"
         else:
             assert isinstance(error, errors.Draining), error
         if asked.before is not None and not record.busy:

@@ -112,7 +112,7 @@ class Mortal:
         for part in (engine._restorer, engine.porter, engine._admission):
             part.close()
         with torch.inference_mode():
-            engine._loop.end()
+            engine._mailbox.close()
         if engine._journal is not None and engine._archive is not None:
             engine._journal.close(0.0)
             engine._archive.close(0.0)

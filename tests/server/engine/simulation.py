@@ -42,11 +42,11 @@ class Memory:
 class FakeTurn:
     """What the scheduler may see of a turn, and what becomes of it.
 
-    `size` is that of a slot; `second` is how many tokens it computes before it needs another; `pause` is a
-    time in which its reader takes nothing. `end` says how it ended: "finished", "cancelled", "expired" (its
-    deadline passed in flight or in queue), "late" (refused because it would), "full" (refused by the queue),
-    "displaced". `queue` is how many turns of each tenant were in the queue when it was refused by it, without
-    itself.
+    `size` is that of a slot, which its session has already where it is `resident`; `second` is how many
+    tokens it computes before it needs another; `pause` is a time in which its reader takes nothing. `end`
+    says how it ended: "finished", "cancelled", "expired" (its deadline passed in flight or in queue), "late"
+    (refused because it would), "full" (refused by the queue), "displaced". `queue` is how many turns of each
+    tenant were in the queue when it was refused by it, without itself.
     """
 
     tenant: str
@@ -67,6 +67,8 @@ class FakeTurn:
     known: int = 0
     held: int = 0
     starved: bool = False
+    away: bool = False
+    resident: bool = False
     replaying: bool = False
     started: float | None = None
     first_token: float | None = None
@@ -91,10 +93,6 @@ class FakeTurn:
         return self.known - self.computed
 
     @property
-    def resident(self) -> bool:
-        return False
-
-    @property
     def context(self) -> int:
         return min(self.computed, WORKSPACE)
 
@@ -108,9 +106,10 @@ class FakeTurn:
         return self.first_token is not None and start <= self.clock.now < end
 
     def open(self) -> bool:
-        if self.memory.held + self.size + RESERVE > self.memory.bytes:
-            return False
-        self.memory.held += self.size
+        if not self.resident:
+            if self.memory.held + self.size + RESERVE > self.memory.bytes:
+                return False
+            self.memory.held += self.size
         self.held = self.size
         self.started = self.clock.now
         return True

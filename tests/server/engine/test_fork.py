@@ -145,6 +145,6 @@ def test_a_fork_after_the_engine_thread_has_ended(make_engine: MakeEngine) -> No
         ask(engine, PROMPT, id)
     parked = engine.moves()["parked"]
     assert engine.moves()["unparked"]
-    engine._loop.end()
+    engine._mailbox.close()
     assert engine.keeper.fork("default", "a", "b2").result(0).state is State.RESIDENT
     assert engine.moves()["parked"] > parked

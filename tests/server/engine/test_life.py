@@ -253,6 +253,10 @@ class Life(RuleBasedStateMachine):
             self.engine.open(request([3], None), Reader())
         self.mortal.end(grace)
         self.crowd.hear()
+        end = time.monotonic() + 5
+        while self.running and time.monotonic() < end:  # it was on its way to the queue
+            time.sleep(0.005)
+            self.crowd.hear()
         assert not self.running, "a turn was neither committed nor rolled back"
         # what a turn on its way let go at the very end is deleted by the next one
         assert self.mortal.file_bytes >= self.engine.capacity().stored_bytes

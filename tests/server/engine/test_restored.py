@@ -15,56 +15,18 @@ import torch
 
 from apiary_server import errors
 from apiary_server.engine.engine import Engine
-from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.info import RebuildReason, State
 from apiary_server.sessions.request import SessionChange
 from apiary_server.sessions.snapshot import decode
 from apiary_server.sessions.store import StoreError
 from tests import tiny
-from tests.server.driver import Reader, ask, begin, create, outcome, request, run, same, session, state, step
+from tests.server.driver import Reader, ask, begin, create, outcome, request, same, session, state, step
+from tests.server.engine.lasting import SLOT, WORKSPACE, archive, close, hang_reads, saved, snapshots
 
 MakeEngine = Callable[..., Engine]
 Make = Callable[..., Engine]
 PROMPT = list(range(3, 153))
 POLICY = "buzz(sink=2,window=8,threshold=20)"
-SLOT = 14_080  # bytes of a default session
-WORKSPACE = 86_144
-
-
-@pytest.fixture
-def make(make_engine: MakeEngine, tmp_path: Path) -> Make:
-    """Make an engine on the same directory, after the one before was closed."""
-    return lambda **fields: make_engine(start=False, **({"state_dir": tmp_path / "state"} | fields))
-
-
-def archive(engine: Engine) -> Archive:
-    assert engine._archive is not None
-    return engine._archive
-
-
-def close(engine: Engine, *, snapshots: bool = True) -> None:
-    """End as a worker does; or as if it was killed before it made its last snapshots."""
-    assert engine._journal is not None
-    engine._journal.close(10)
-    if not snapshots:
-        archive(engine)._dirty.clear()
-    archive(engine).close(10)
-
-
-def saved(engine: Engine, *ids: str) -> None:
-    """Step until the sessions have snapshots as they are, and those before are deleted."""
-    for _ in range(400):
-        current = all(archive(engine).shelf.current(session(engine, id)) for id in ids)
-        if current and not archive(engine)._dirty:
-            return
-        engine._loop.post(lambda: None)
-        step(engine)
-        threading.Event().wait(0.005)
-    raise AssertionError("no snapshot was made")
-
-
-def snapshots(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "state" / "snapshots").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -366,67 +328,6 @@ def test_deleted_sessions_leave_no_file(make: Make, tmp_path: Path) -> None:
     assert len(snapshots(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("parked", [0, 2 * SLOT])
-def test_more_sessions_than_memory_all_answer(make: Make, make_engine: MakeEngine, parked: int) -> None:
-    """A pool for three, and twelve sessions that take turns: the others' caches are in the store alone."""
-    calm = make_engine(start=False)
-    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=parked)
-    ids = [f"s{number}" for number in range(12)]
-    for each in (calm, engine):
-        for id in ids:
-            create(each, id)
-    for number in range(3):
-        for place, id in enumerate(ids):
-            again, through = (
-                ask(each, PROMPT[place : 30 + 3 * place], id, max_tokens=9) for each in (engine, calm)
-            )
-            assert again.token_ids == through.token_ids
-            assert again.usage.rebuild_reason is None, (number, id)
-            assert engine.capacity().parked_bytes <= parked
-    assert engine._loop.residency.moves["stored"] > 20
-    assert engine._loop.residency.moves["loaded"] > 20
-    states = {engine.sessions.get("default", id).state for id in ids}
-    assert states >= {State.STORED, State.RESIDENT}
-    close(engine)
-
-
-def test_turns_that_come_together_wait_for_room(make: Make, make_engine: MakeEngine) -> None:
-    calm = make_engine(start=False)
-    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
-    ids = [f"s{number}" for number in range(10)]
-    answers = {}
-    for each in (calm, engine):
-        for id in ids:
-            create(each, id)
-        for number in range(2):
-            readers = [
-                begin(each, request(PROMPT[place : 40 + place], id, max_tokens=8))
-                for place, id in enumerate(ids)
-            ]
-            run(each, *readers)
-            assert [reader.error for reader in readers] == [None] * 10
-            answers[each is calm, number] = [reader.token_ids for reader in readers]
-    assert answers[True, 0] == answers[False, 0]
-    assert answers[True, 1] == answers[False, 1]
-    close(engine)
-
-
-def test_who_waits_for_turns_in_flight_sends_nobody_to_the_store(make: Make) -> None:
-    engine = make(cache_budget=WORKSPACE + 5 * SLOT)
-    ids = [f"s{number}" for number in range(10)]
-    for id in ids:
-        create(engine, id)
-        ask(engine, PROMPT, id)
-    saved(engine, *ids)
-    readers = [begin(engine, request("go on", id, max_tokens=40)) for id in ids[:6]]
-    run(engine, *readers)
-    assert all(reader.error is None for reader in readers)
-    moves = engine.moves()
-    assert moves["parked"] > 5, "there was less room than turns"
-    assert moves.get("stored", 0) == 0, "what is parked has no slot to give"
-    close(engine)
-
-
 def test_a_stored_session_can_be_forked(make: Make, make_engine: MakeEngine) -> None:
     calm, engine = make_engine(start=False), make()
     for each in (calm, engine):
@@ -439,34 +340,12 @@ def test_a_stored_session_can_be_forked(make: Make, make_engine: MakeEngine) -> 
         if forked.done():
             break
         threading.Event().wait(0.01)
-        other._loop.post(lambda: None)
+        other._mailbox.post(lambda: None)
         step(other)
     assert forked.result(0).state is State.RESIDENT
     again, through = ask(other, "go on", "b", max_tokens=40), ask(calm, "go on", "a", max_tokens=40)
     assert (again.token_ids, again.usage.rebuild_reason) == (through.token_ids, None)
     close(other)
-
-
-def test_forks_wait_until_others_are_stored(make: Make) -> None:
-    """A pool for three, nothing may be parked, and fifteen forks."""
-    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
-    create(engine, "a")
-    expected = None
-    ask(engine, PROMPT, "a")
-    for number in range(15):
-        forked = engine.keeper.fork("default", "a", f"f{number}")
-        for _ in range(500):
-            if forked.done():
-                break
-            threading.Event().wait(0.01)
-            engine._loop.post(lambda: None)
-            step(engine)
-        assert forked.result(0).turn_count == 1
-    for id in ("a", *(f"f{number}" for number in range(15))):
-        answer = ask(engine, "go on", id, max_tokens=30)
-        expected = expected or answer.token_ids
-        assert (answer.token_ids, answer.usage.rebuild_reason) == (expected, None)
-    close(engine)
 
 
 def test_snapshots_rest_while_a_session_is_forked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,7 +388,7 @@ def test_idle_durability_waits(make: Make, tmp_path: Path) -> None:
     create(engine, "a", POLICY)
     assert ask(engine, PROMPT, "a").usage.durable
     for _ in range(20):
-        engine._loop.post(lambda: None)
+        engine._mailbox.post(lambda: None)
         step(engine)
     assert not snapshots(tmp_path)
     close(engine)
@@ -597,18 +476,6 @@ def test_a_store_that_hangs_is_told(make: Make, monkeypatch: pytest.MonkeyPatch)
     close(engine)
 
 
-def hang_reads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Have the store hang when it is read, until the event."""
-    go_on, read = threading.Event(), archive(engine).shelf._store.read
-
-    def hang(name: str, most: int) -> bytes | None:
-        go_on.wait(20)
-        return read(name, most)
-
-    monkeypatch.setattr(archive(engine).shelf._store, "read", hang)
-    return go_on
-
-
 def test_a_store_that_hangs_when_it_is_read_holds_nobody_up(
     make: Make, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -657,7 +524,7 @@ def test_who_leaves_while_the_cache_is_brought_leaves_nothing(
         for _ in range(400):
             if not session(other, id).busy:
                 break
-            other._loop.post(lambda: None)
+            other._mailbox.post(lambda: None)
             step(other)
             threading.Event().wait(0.005)
         answer = ask(other, "go on", id)
@@ -677,13 +544,13 @@ def test_nobody_who_asks_waits_for_them(make: Make) -> None:
     usage = ask(other, "go on", "b").usage
     assert usage.rebuild_reason is None
     for _ in range(20):
-        other._loop.post(lambda: None)
+        other._mailbox.post(lambda: None)
         step(other)
         threading.Event().wait(0.005)
     assert states() == {"a": State.STORED, "b": State.RESIDENT, "c": State.STORED}
     busy = False
     for _ in range(400):
-        other._loop.post(lambda: None)
+        other._mailbox.post(lambda: None)
         step(other)
         if set(states().values()) == {State.RESIDENT}:
             break
@@ -702,7 +569,7 @@ def test_none_has_to_leave_for_them(make: Make) -> None:
     other = make(cache_budget=WORKSPACE + 4 * SLOT)  # one is the reserve
     other._restorer.start(lambda: False)
     for _ in range(60):
-        other._loop.post(lambda: None)
+        other._mailbox.post(lambda: None)
         step(other)
         threading.Event().wait(0.005)
     states = [other.sessions.get("default", id).state for id in ids]
@@ -722,7 +589,7 @@ def test_a_stored_cache_is_brought_for_its_map(make: Make) -> None:
     for _ in range(400):
         if looked.done():
             break
-        other._loop.post(lambda: None)
+        other._mailbox.post(lambda: None)
         step(other)
         threading.Event().wait(0.005)
     after = looked.result(0)
@@ -773,33 +640,3 @@ def test_turns_on_their_way_are_told_that_the_worker_shuts_down(
             time.sleep(0.005)
         assert isinstance(error or reader.error, errors.Draining)
     assert not any(session(other, id).busy for id in ("a", "b"))
-
-
-def test_nobody_is_refused_for_those_who_are_on_their_way(make: Make) -> None:
-    """A pool for one, whose turn somebody has who is in no queue yet."""
-    engine = make(cache_budget=WORKSPACE + 2 * SLOT, parked_budget=0)
-    for id in "ab":
-        create(engine, id)
-    ask(engine, PROMPT, "a")
-    held = engine.sessions.begin_turn("default", "a").result(0)
-    reader = begin(engine, request(PROMPT[:40], "b", max_tokens=8))
-    step(engine, 20)
-    assert not reader.ended
-    engine.sessions.end_turn(held)
-    run(engine, reader)
-    assert reader.error is None
-    assert ask(engine, "go on", "a").usage.rebuild_reason is None
-    close(engine)
-
-
-def test_nobody_is_refused_for_those_who_wait_behind_him(make: Make) -> None:
-    """A pool for three, who all have a turn in the queue: none of them can be stored until it has run."""
-    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
-    for id in "abc":
-        create(engine, id)
-        ask(engine, PROMPT, id)
-    create(engine, "d")
-    readers = [begin(engine, request(PROMPT[:40], id, max_tokens=8)) for id in "dabc"]
-    run(engine, *readers)
-    assert [reader.error for reader in readers] == [None] * 4
-    close(engine)

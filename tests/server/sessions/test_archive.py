@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apiary_server.engine.loop import settle
+from apiary_server.engine.mailbox import settle
 from apiary_server.sessions import archive as module
 from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.info import RebuildReason
@@ -221,7 +221,7 @@ def test_who_is_in_a_hurry_is_not_told_to_wait_for_what_fails(hive: Hive, store:
     assert not hive.archive.hurry(good), "the store failed a moment ago"
     hive.turn(good)
     assert until(lambda: hive.shelf.current(good))
-    assert hive.archive.release(good)
+    assert hive.archive.keeps(good)
     tried = store.tried[_key(bad)]
     assert until(lambda: store.tried[_key(bad)] > tried + 1)
     assert not hive.archive.hurry(bad)
@@ -330,7 +330,7 @@ def test_what_hangs_is_told_and_holds_nobody_up(hive: Hive, store: Faulty, what:
     began = time.monotonic()  # what the engine thread does, meanwhile
     hive.turn(other)
     assert not hive.archive.hurry(other)
-    assert not hive.archive.release(other)
+    assert not hive.archive.keeps(other)
     assert hive.archive.read(other) == (None, RebuildReason.SNAPSHOT_CORRUPT)
     hive.archive.forget(other)
     hive.session("new")

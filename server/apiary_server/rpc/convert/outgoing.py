@@ -74,6 +74,7 @@ def response(whole: Delta) -> gpb.GenerateResponse:
         logprobs=map(_logprob, whole.logprobs),
         finish_reason=_FINISH_REASONS[whole.finish_reason],
         usage=None if whole.usage is None else _usage(whole.usage),
+        index=whole.index,
     )
 
 

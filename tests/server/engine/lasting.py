@@ -1,0 +1,57 @@
+"""Engines with a state directory, one after the other."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from apiary_server.engine.engine import Engine
+from apiary_server.sessions.archive import Archive
+from tests.server.driver import session, step
+
+SLOT = 14_080  # bytes of a default session
+WORKSPACE = 86_144
+
+
+def archive(engine: Engine) -> Archive:
+    assert engine._archive is not None
+    return engine._archive
+
+
+def close(engine: Engine, *, snapshots: bool = True) -> None:
+    """End as a worker does; or as if it was killed before it made its last snapshots."""
+    assert engine._journal is not None
+    engine._journal.close(10)
+    if not snapshots:
+        archive(engine)._dirty.clear()
+    archive(engine).close(10)
+
+
+def saved(engine: Engine, *ids: str) -> None:
+    """Step until the sessions have snapshots as they are, and those before are deleted."""
+    for _ in range(400):
+        current = all(archive(engine).shelf.current(session(engine, id)) for id in ids)
+        if current and not archive(engine)._dirty:
+            return
+        engine._mailbox.post(lambda: None)
+        step(engine)
+        threading.Event().wait(0.005)
+    raise AssertionError("no snapshot was made")
+
+
+def snapshots(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "state" / "snapshots").iterdir())
+
+
+def hang_reads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Have the store hang when it is read, until the event."""
+    go_on, read = threading.Event(), archive(engine).shelf._store.read
+
+    def hang(name: str, most: int) -> bytes | None:
+        go_on.wait(20)
+        return read(name, most)
+
+    monkeypatch.setattr(archive(engine).shelf._store, "read", hang)
+    return go_on

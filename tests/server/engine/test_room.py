@@ -1,0 +1,292 @@
+"""More sessions than memory has room for, and a store: all turns are answered."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from apiary_server import errors
+from apiary_server.engine.engine import Engine
+from apiary_server.sessions.info import RebuildReason, State
+from apiary_server.sessions.store import StoreError
+from tests.server.driver import Reader, ask, begin, create, request, run, same, session, state, step, wake
+from tests.server.engine.lasting import SLOT, WORKSPACE, archive, close, hang_reads, saved
+
+MakeEngine = Callable[..., Engine]
+Make = Callable[..., Engine]
+PROMPT = list(range(3, 153))
+LARGE = "buzz(sink=2,window=8,threshold=38,stride=5)"  # of which a pool for four default sessions holds two
+
+
+@pytest.mark.parametrize("parked", [0, 2 * SLOT])
+def test_more_sessions_than_memory_all_answer(make: Make, make_engine: MakeEngine, parked: int) -> None:
+    """A pool for three, and twelve sessions that take turns: the others' caches are in the store alone."""
+    calm = make_engine(start=False)
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=parked)
+    ids = [f"s{number}" for number in range(12)]
+    for each in (calm, engine):
+        for id in ids:
+            create(each, id)
+    for number in range(3):
+        for place, id in enumerate(ids):
+            again, through = (
+                ask(each, PROMPT[place : 30 + 3 * place], id, max_tokens=9) for each in (engine, calm)
+            )
+            assert again.token_ids == through.token_ids
+            assert again.usage.rebuild_reason is None, (number, id)
+            assert engine.capacity().parked_bytes <= parked
+    assert engine._loop.residency.moves["stored"] > 20
+    assert engine._loop.residency.moves["loaded"] > 20
+    states = {engine.sessions.get("default", id).state for id in ids}
+    assert states >= {State.STORED, State.RESIDENT}
+    close(engine)
+
+
+def test_turns_that_come_together_wait_for_room(make: Make, make_engine: MakeEngine) -> None:
+    calm = make_engine(start=False)
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
+    ids = [f"s{number}" for number in range(10)]
+    answers = {}
+    for each in (calm, engine):
+        for id in ids:
+            create(each, id)
+        for number in range(2):
+            readers = [
+                begin(each, request(PROMPT[place : 40 + place], id, max_tokens=8))
+                for place, id in enumerate(ids)
+            ]
+            run(each, *readers)
+            assert [reader.error for reader in readers] == [None] * 10
+            answers[each is calm, number] = [reader.token_ids for reader in readers]
+    assert answers[True, 0] == answers[False, 0]
+    assert answers[True, 1] == answers[False, 1]
+    close(engine)
+
+
+def test_who_waits_for_turns_in_flight_sends_nobody_to_the_store(make: Make) -> None:
+    engine = make(cache_budget=WORKSPACE + 5 * SLOT)
+    ids = [f"s{number}" for number in range(10)]
+    for id in ids:
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    saved(engine, *ids)
+    readers = [begin(engine, request("go on", id, max_tokens=40)) for id in ids[:6]]
+    run(engine, *readers)
+    assert all(reader.error is None for reader in readers)
+    moves = engine.moves()
+    assert moves["parked"] > 5, "there was less room than turns"
+    assert moves.get("stored", 0) == 0, "what is parked has no slot to give"
+    close(engine)
+
+
+def test_forks_wait_until_others_are_stored(make: Make) -> None:
+    """A pool for three, nothing may be parked, and fifteen forks."""
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
+    create(engine, "a")
+    expected = None
+    ask(engine, PROMPT, "a")
+    for number in range(15):
+        forked = engine.keeper.fork("default", "a", f"f{number}")
+        for _ in range(500):
+            if forked.done():
+                break
+            threading.Event().wait(0.01)
+            engine._mailbox.post(lambda: None)
+            step(engine)
+        assert forked.result(0).turn_count == 1
+    for id in ("a", *(f"f{number}" for number in range(15))):
+        answer = ask(engine, "go on", id, max_tokens=30)
+        expected = expected or answer.token_ids
+        assert (answer.token_ids, answer.usage.rebuild_reason) == (expected, None)
+    close(engine)
+
+
+def test_nobody_is_refused_for_those_who_are_on_their_way(make: Make) -> None:
+    """A pool for one, whose turn somebody has who is in no queue yet."""
+    engine = make(cache_budget=WORKSPACE + 2 * SLOT, parked_budget=0)
+    for id in "ab":
+        create(engine, id)
+    ask(engine, PROMPT, "a")
+    held = engine.sessions.begin_turn("default", "a").result(0)
+    reader = begin(engine, request(PROMPT[:40], "b", max_tokens=8))
+    step(engine, 20)
+    assert not reader.ended
+    engine.sessions.end_turn(held)
+    run(engine, reader)
+    assert reader.error is None
+    assert ask(engine, "go on", "a").usage.rebuild_reason is None
+    close(engine)
+
+
+def test_nobody_is_refused_for_those_who_wait_behind_him(make: Make) -> None:
+    """A pool for three, who all have a turn in the queue: none of them can be stored until it has run."""
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
+    for id in "abc":
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    create(engine, "d")
+    readers = [begin(engine, request(PROMPT[:40], id, max_tokens=8)) for id in "dabc"]
+    run(engine, *readers)
+    assert [reader.error for reader in readers] == [None] * 4
+    close(engine)
+
+
+def entangle(engine: Engine, *, max_tokens: int = 8) -> tuple[Reader, Reader]:
+    """One turn runs and needs a second slot to go on; the other waits, and its session has that slot."""
+    create(engine, "large", LARGE)
+    create(engine, "small")
+    for id in ("large", "small"):
+        ask(engine, PROMPT, id)
+    large, small = (
+        begin(engine, request(PROMPT[:40], id, max_tokens=max_tokens)) for id in ("large", "small")
+    )
+    assert session(engine, "small").lease is not None
+    return large, small
+
+
+def test_who_has_not_started_makes_room_for_those_who_have(make: Make, make_engine: MakeEngine) -> None:
+    calm = make_engine(start=False)
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0, max_running=1)
+    expected, readers = entangle(calm), entangle(engine)
+    run(calm, *expected)
+    run(engine, *readers)
+    assert engine.moves()["stored"] == engine.moves()["loaded"] == 1
+    for reader, other in zip(readers, expected, strict=True):
+        assert reader.token_ids == other.token_ids
+        assert (reader.usage.rebuild_reason, reader.usage.durable) == (None, True)
+        assert reader.usage.cached_tokens == other.usage.cached_tokens
+    close(engine)
+
+
+def test_without_a_store_one_of_them_is_refused(make_engine: MakeEngine) -> None:
+    engine = make_engine(start=False, cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0, max_running=1)
+    large, small = entangle(engine)
+    before = state(session(engine, "large"))
+    run(engine, large, small)
+    assert isinstance(large.error, errors.BudgetExhausted)
+    assert small.error is None
+    assert same(before | {"busy": False}, state(session(engine, "large")))
+
+
+def test_who_leaves_while_its_cache_is_away_leaves_nothing(make: Make) -> None:
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0, max_running=1)
+    large, small = entangle(engine)
+    step(engine)
+    turn = next(turn for turn in engine._scheduler.turns() if turn.session.id == "small")
+    for _ in range(500):
+        if turn.away:
+            break
+        wake(engine)
+        step(engine)
+    assert turn.away
+    small.close()
+    step(engine)
+    assert isinstance(small.error, errors.Cancelled)
+    assert not session(engine, "small").busy
+    run(engine, large)
+    again = ask(engine, "go on", "small")
+    assert again.usage.rebuild_reason is None
+    close(engine)
+
+
+def test_who_leaves_while_its_cache_comes_back_leaves_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its session's turn is over when that has ended: a change meanwhile would be undone by it."""
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0, max_running=1)
+    large, small = entangle(engine)
+    go_on = hang_reads(engine, monkeypatch)
+    step(engine)
+    turn = next(turn for turn in engine._scheduler.turns() if turn.session.id == "small")
+    run(engine, large)
+    for _ in range(500):
+        if turn.fetching is not None and turn.fetching.running():
+            break
+        wake(engine)
+        step(engine)
+    assert turn.fetching is not None
+    small.close()
+    step(engine)
+    assert isinstance(small.error, errors.Cancelled)
+    rewound = engine.keeper.rewind("default", "small", 0)
+    step(engine, 3)
+    assert not rewound.done()
+    go_on.set()
+    for _ in range(500):
+        if rewound.done():
+            break
+        wake(engine)
+        step(engine)
+    assert rewound.result(0).turn_count == 0
+    assert session(engine, "small").cache is None
+    assert ask(engine, "go on", "small").usage.cached_tokens == 0
+    close(engine)
+
+
+def test_a_cache_that_does_not_come_back_is_computed_anew(
+    make: Make, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = make_engine(start=False)
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0, max_running=1)
+    expected, readers = entangle(calm), entangle(engine)
+    run(calm, *expected)
+    monkeypatch.setattr(archive(engine).shelf._store, "read", lambda *_: None)
+    run(engine, *readers)
+    assert [reader.token_ids for reader in readers] == [reader.token_ids for reader in expected]
+    usages = [reader.usage for reader in readers]
+    assert [usage.rebuild_reason for usage in usages] == [None, RebuildReason.SNAPSHOT_CORRUPT]
+    assert usages[1].cached_tokens == 0
+    assert [usage.prompt_tokens for usage in usages] == [40, 40]
+    close(engine)
+
+
+def test_nobody_waits_for_ever_while_others_ask_again_at_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool for three, whose next turns wait already when theirs end, and a fourth."""
+    monkeypatch.setattr("apiary_server.engine.scheduler._PATIENCE", 0.2)
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
+    for id in "abc":
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    create(engine, "d")
+    readers = [
+        begin(engine, request(PROMPT[:40], id, max_tokens=8, wait=True)) for _ in range(80) for id in "abc"
+    ]
+    late = begin(engine, request(PROMPT[:40], "d", max_tokens=8))
+    run(engine, late)
+    assert late.error is None
+    assert not all(reader.ended for reader in readers)
+    run(engine, *readers, steps=50_000)
+    assert all(reader.error is None for reader in readers)
+    close(engine)
+
+
+def test_what_no_store_takes_makes_room_all_the_same(
+    make: Make, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk and the memory are full: caches are lost and computed anew, rather than turns refused."""
+    calm = make_engine(start=False)
+    engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=2 * SLOT)
+
+    def refuse(*_: object) -> None:
+        raise StoreError("no space left on device")
+
+    monkeypatch.setattr(archive(engine).shelf._store, "write", refuse)
+    ids = [f"s{number}" for number in range(8)]
+    reasons = set()
+    for each in (calm, engine):
+        for id in ids:
+            create(each, id)
+    for _ in range(3):
+        for place, id in enumerate(ids):
+            answer, expected = (ask(each, PROMPT[place : 40 + place], id) for each in (engine, calm))
+            assert answer.error is None
+            assert answer.token_ids == expected.token_ids
+            reasons.add(answer.usage.rebuild_reason)
+    assert reasons == {None, RebuildReason.SNAPSHOT_EVICTED}
+    assert engine.moves()["lost"] > 8
+    assert engine.capacity().store_degraded
+    engine._journal.close(10)  # type: ignore[union-attr]
