@@ -43,7 +43,11 @@ def _table(model: Model, now: Capacity) -> Table:
             f"{now.running_turns} in flight, {now.queued_turns} of at most {now.queue_limit} waiting",
         ),
         ("sessions", f"{now.sessions}"),
-        ("cache", f"{now.resident_sessions}, {_share(now.used_bytes, now.budget_bytes)}"),
+        (
+            "cache",
+            f"{now.resident_sessions} of at most {now.max_resident_sessions} of {decimal(now.slot_bytes)} "
+            f"(by the default policy), {_share(now.used_bytes, now.budget_bytes)}",
+        ),
         ("parked", f"{now.parked_sessions}, {_share(now.parked_bytes, now.parked_budget_bytes)}"),
         ("stored", f"{now.stored_sessions}, {_share(now.stored_bytes, now.stored_budget_bytes)}"),
         ("store", _store(now)),

@@ -44,7 +44,10 @@ class Session(_message.Message):
         STATE_BUSY: Session._State.ValueType  # 4
         """A turn is in flight."""
         STATE_STORED: Session._State.ValueType  # 5
-        """Nowhere, but there is a transcript; the next turn computes the cache from it."""
+        """Not in memory. The next turn brings it from its snapshot; where there is none that can be used, it
+        computes the cache anew from the transcript, which takes no less time than a prompt of that length,
+        and says so (`rebuild_reason`).
+        """
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """Where the cache lies."""
@@ -59,7 +62,10 @@ class Session(_message.Message):
     STATE_BUSY: Session.State.ValueType  # 4
     """A turn is in flight."""
     STATE_STORED: Session.State.ValueType  # 5
-    """Nowhere, but there is a transcript; the next turn computes the cache from it."""
+    """Not in memory. The next turn brings it from its snapshot; where there is none that can be used, it
+    computes the cache anew from the transcript, which takes no less time than a prompt of that length,
+    and says so (`rebuild_reason`).
+    """
 
     @_typing.final
     class LabelsEntry(_message.Message):

@@ -310,6 +310,7 @@ class Archive:
         data = self.shelf.get(session, turns, session.layout.bytes + _HEAD)
         if data is None:
             evicted = turns not in self.shelf.turns(session)  # just now
+            self.shelf.lose(session, turns)
             why = RebuildReason.SNAPSHOT_EVICTED if evicted else RebuildReason.SNAPSHOT_CORRUPT
             raise SnapshotRefused("it is gone", why)
         manifest, tensors = decode_own(data, self._origin)

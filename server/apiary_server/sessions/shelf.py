@@ -137,8 +137,20 @@ class Shelf:
     def refuse(self, session: Session, turns: int) -> None:
         """Offer a snapshot of a session no longer that cannot be used. It stays until another takes its
         place: a worker with another key, or of another model, may be the one that is wrong."""
+        key = _key(session)
         with self._lock:
-            self._refused.add((_key(session), turns))
+            if turns in self._kept.get(key, {}):
+                self._refused.add((key, turns))
+
+    def lose(self, session: Session, turns: int) -> None:
+        """A snapshot of a session is not there, though nobody here has deleted it."""
+        key = _key(session)
+        with self._lock:
+            of_session = self._kept.get(key, {})
+            self._used_bytes -= of_session.pop(turns, 0)
+            self._refused.discard((key, turns))
+            if not of_session:
+                self._kept.pop(key, None)
 
     def tidy(self) -> None:
         """Delete from the store what is kept no longer.

@@ -37,9 +37,10 @@ def test_the_store_is_told_in_words(
 
 def test_what_is_in_use(apiary: Run, worker: FakeWorker) -> None:
     worker.capacity.resident_sessions, worker.capacity.running_turns = 7, 3
+    worker.capacity.max_resident_sessions, worker.capacity.slot_bytes = 9, 5 * 10**6
     said = apiary("status").stdout
     assert "models/fake" in said
-    assert "7, 1.0 MB of 1.1 GB" in said
+    assert "7 of at most 9 of 5.0 MB (by the default policy), 1.0 MB of 1.1 GB" in said
     assert "3 in flight, 0 of at most 256 waiting" in said
 
 

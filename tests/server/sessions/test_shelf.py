@@ -192,6 +192,19 @@ class Shelves(RuleBasedStateMachine):
 
     @rule(place=st.integers(0, 9))
     @precondition(lambda self: self.talks)
+    def lose(self, place: int) -> None:
+        talk = self.talks[place % len(self.talks)]
+        for turns in self.shelf.turns(talk.session)[:1]:
+            self.store.kept.pop(self.name(talk, turns), None)
+            self.shelf.lose(talk.session, turns)
+            assert turns not in self.shelf.turns(talk.session)
+            self.shelf.refuse(talk.session, turns)
+        assert not self.shelf._refused - {
+            (key, turns) for key, sizes in self.shelf._kept.items() for turns in sizes
+        }
+
+    @rule(place=st.integers(0, 9))
+    @precondition(lambda self: self.talks)
     def get(self, place: int) -> None:
         talk = self.talks[place % len(self.talks)]
         for turns in self.shelf.turns(talk.session):
