@@ -181,7 +181,6 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
             scheduler,
             sessions,
             residency,
-            restorer,
             observer or Observer(),
             settings.reattach_grace,
             journal,

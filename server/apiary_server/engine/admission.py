@@ -15,7 +15,6 @@ from apiary_server.engine.loop import Loop
 from apiary_server.engine.mailbox import Mailbox
 from apiary_server.engine.places import Place, Places
 from apiary_server.engine.request import TurnRequest
-from apiary_server.engine.restorer import Restorer
 from apiary_server.engine.scheduler import Scheduler
 from apiary_server.engine.turn import Turn
 from apiary_server.sessions.manager import SessionManager
@@ -49,11 +48,6 @@ class _Opening:
         except BaseException as error:
             self.queued.set_exception(error)
 
-    @property
-    def abandoned(self) -> bool:
-        """Whether nobody waits for the turn: the reader has gone, and cannot come back for it."""
-        return self.stream.closed and self.request.request_id is None
-
     def done(self) -> None:
         """The place is no longer needed, and the caller need not wait."""
         self.place.release()
@@ -69,7 +63,6 @@ class Admission:
         mailbox: brings them to the engine thread.
         loop: what takes them there.
         sessions: the table of sessions.
-        restorer: brings their caches back.
     """
 
     def __init__(
@@ -79,14 +72,12 @@ class Admission:
         mailbox: Mailbox,
         loop: Loop,
         sessions: SessionManager,
-        restorer: Restorer,
     ) -> None:
         self._door = door
         self._scheduler = scheduler
         self._mailbox = mailbox
         self._loop = loop
         self._sessions = sessions
-        self._restorer = restorer
         self._places = Places()
         self._draining = False
         self._thread = ThreadPoolExecutor(1, "admission")  # for turns that had to wait
@@ -165,33 +156,9 @@ class Admission:
             self._sessions.end_turn(session)
             self._replay(opening, earlier)
             return
-        brought = self._restorer.bring(session)
-        if brought.done():
-            self._admit(opening, session, brought)
-        else:
-            brought.add_done_callback(
-                lambda _: self._go_on(opening, lambda: self._admit(opening, session, brought))
-            )
-            opening.stream.on_close(lambda: self._leave(opening, brought))
-
-    def _admit(self, opening: _Opening, session: Session, brought: Future[None]) -> None:
-        """Queue a turn whose session has its cache, or has to have it computed anew."""
-        try:
-            if opening.abandoned:
-                raise errors.Cancelled("cancelled by the caller")
-            brought.result()
-        except BaseException:
-            self._sessions.end_turn(session)
-            raise
         turn = self._door.admit(opening.request, opening.stream, session)
         self._mailbox.post(lambda: self._arrive(opening, turn))
         opening.queued.set_result(None)
-
-    def _leave(self, opening: _Opening, brought: Future[None]) -> None:
-        """The reader has gone while the session's cache is brought."""
-        if opening.abandoned:
-            brought.cancel()  # if that has not begun
-            opening.place.release()
 
     def _replay(self, opening: _Opening, answer: Answer) -> None:
         whole = self._door.replay(opening.request, answer)

@@ -91,7 +91,7 @@ class Engine:
         self._archive = archive
         if archive is not None:
             archive.start(mailbox.call, loop.residency.image, lambda: self._working)
-        self._admission = Admission(door, scheduler, mailbox, loop, sessions, self._restorer)
+        self._admission = Admission(door, scheduler, mailbox, loop, sessions)
         self._rotary = rotary
         self._warm = threading.Event()
         self._stopping = threading.Event()

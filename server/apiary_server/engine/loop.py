@@ -14,7 +14,6 @@ from apiary_server import errors
 from apiary_server.engine.delivery import Delivery, TokenStream, deliver
 from apiary_server.engine.mailbox import Mailbox
 from apiary_server.engine.request import TurnRequest
-from apiary_server.engine.restorer import Restorer
 from apiary_server.engine.result import Delta, Observer, StepStats
 from apiary_server.engine.scheduler import Scheduler
 from apiary_server.engine.step import ScheduledChunk, StepPlan
@@ -41,7 +40,6 @@ class Loop:
         scheduler: what runs next.
         sessions: the table of sessions.
         residency: their memory.
-        restorer: brings caches back that left it.
         observer: receives plain numbers.
         reattach_grace: seconds that a turn with a request id goes on without a reader.
         journal: what stores sessions; None: nothing does.
@@ -54,7 +52,6 @@ class Loop:
         scheduler: Scheduler,
         sessions: SessionManager,
         residency: Residency,
-        restorer: Restorer,
         observer: Observer,
         reattach_grace: float,
         journal: Journal | None = None,
@@ -65,7 +62,6 @@ class Loop:
         self._mailbox = mailbox
         self._scheduler = scheduler
         self._sessions = sessions
-        self._restorer = restorer
         self._observer = observer
         self._reattach_grace = reattach_grace
         self._journal = journal
@@ -122,8 +118,6 @@ class Loop:
         for session in self._sessions.remove_expired():
             self.residency.free(session)
         plan = self._scheduler.schedule()
-        for turn in plan.away:
-            self._fetch(turn)
         self._idle = not plan.chunks
         if plan.chunks:
             self.step_began = time.monotonic()
@@ -175,23 +169,9 @@ class Loop:
         turn = running[-1] if running else plan.blocked
         if turn is None or not all(other.starved for other in running):
             return
-        others = [other for other in reversed(self._scheduler.line()) if other is not turn]
-        gone = self.residency.dislodge([other.session for other in others])
-        for other in others:
-            other.away |= other.session is gone
-        if gone is None and not self.residency.waits:
+        others = [other.session for other in reversed(self._scheduler.line()) if other is not turn]
+        if not self.residency.dislodge(others) and not self.residency.waits:
             self._fail(turn, self.residency.exhausted(turn.session.layout))
-
-    def _fetch(self, turn: Turn) -> None:
-        """Have a session's cache back in memory, or known to be lost, for a turn that could start."""
-        if turn.fetching is not None:
-            return
-
-        def fetched() -> None:
-            turn.away, turn.fetching = False, None
-
-        turn.fetching = self._restorer.bring(turn.session)
-        turn.fetching.add_done_callback(lambda _: self._mailbox.post(fetched))
 
     def _execute(self, plan: StepPlan) -> None:
         began = time.monotonic()
@@ -315,11 +295,7 @@ class Loop:
     def _fail(self, turn: Turn, error: errors.ApiaryError) -> None:
         """End a turn as if it had never been."""
         turn.transaction.rollback()
-        if turn.fetching is None:
-            self._sessions.end_turn(turn.session)
-        else:  # the cache comes for this turn, and for no other
-            turn.fetching.cancel()
-            turn.fetching.add_done_callback(lambda _: self._sessions.end_turn(turn.session))
+        self._sessions.end_turn(turn.session)
         self._scheduler.remove(turn)
         self._delivery.send(turn.stream, error)
         self._notify(self._observer.turn, turn.stats(time.monotonic(), type(error).__name__))

@@ -1,4 +1,4 @@
-"""Brings caches back from the store, in a thread of its own, before their sessions' next turns."""
+"""Brings caches back from the store for what is no turn: changes of sessions, imports, and the start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import structlog
 
-from apiary_server.engine.mailbox import Mailbox, settle
+from apiary_server.engine.mailbox import Mailbox
 from apiary_server.errors import BudgetExhausted, Draining
 from apiary_server.sessions.archive import Archive
 from apiary_server.sessions.info import RebuildReason
@@ -21,15 +21,14 @@ from apiary_server.sessions.restored import Restored
 from apiary_server.sessions.session import Session
 
 _T = TypeVar("_T")
-_Found = tuple[Restored | None, RebuildReason | None]
 _log = structlog.get_logger(__name__)
-_PATIENCE = 5.0  # seconds for which a cache waits for room, and a read may take
+_PATIENCE = 5.0  # seconds for which a cache waits for room
 _LOOK = 0.005  # seconds between looks whether there is, and whether turns run
 
 
 class Restorer:
-    """Reads snapshots, one after the other, so that no more than one waits for room in the pool. All methods
-    may be called from any thread.
+    """Brings one after the other, in a thread of its own, so that only one at a time waits for room. All
+    methods may be called from any thread.
 
     Args:
         archive: what reads snapshots; None: nothing is stored.
@@ -46,7 +45,6 @@ class Restorer:
         self._residency = residency
         self._mailbox = mailbox
         self._ended = threading.Event()
-        self._hung: Future[_Found] | None = None  # a read that took too long
         self._thread = ThreadPoolExecutor(1, "restorer")
 
     def start(self, busy: Callable[[], bool]) -> None:
@@ -98,21 +96,7 @@ class Restorer:
         if self._ended.is_set():
             raise Draining()
         with contextlib.suppress(BudgetExhausted):  # then its turn waits for room, and computes it anew
-            self._place(session, *self._read(archive, session))
-
-    def _read(self, archive: Archive, session: Session) -> _Found:
-        """What the store has of a session's cache. A store that hangs is asked nothing until it answers."""
-        if self._hung is None or self._hung.done():
-            reading: Future[_Found] = Future()
-            # nobody has to wait for this thread, not even the end of the process
-            work = (reading, lambda: archive.read(session))
-            threading.Thread(target=settle, args=work, name="read", daemon=True).start()
-            try:
-                return reading.result(_PATIENCE)
-            except TimeoutError:
-                self._hung = reading
-                _log.error("the store hangs: caches are computed anew", session=session.id)
-        return None, RebuildReason.SNAPSHOT_CORRUPT
+            self._place(session, *archive.fetch(session).result())
 
     def _place(self, session: Session, found: Restored | None, why: RebuildReason | None) -> None:
         until = time.monotonic() + _PATIENCE
@@ -137,7 +121,7 @@ class Restorer:
         if not self._sessions.begin_unheard(session):
             return True
         try:
-            found, why = self._read(archive, session)
+            found, why = archive.fetch(session).result()
             return self._on_engine(lambda: self._has_room(session) and self._take_in(session, found, why))
         except Exception:
             if not self._ended.is_set():

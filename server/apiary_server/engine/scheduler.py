@@ -219,9 +219,6 @@ class Scheduler:
         """
         if not self._may_start or (plan.blocked is not None and not self._may_overtake(turn, plan.blocked)):
             return False
-        if turn.away:
-            plan.away.append(turn)
-            return False
         if not turn.open():
             plan.blocked = turn
             return False

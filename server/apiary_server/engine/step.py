@@ -29,13 +29,12 @@ class StepPlan:
     """One forward pass over a ragged batch: decode tokens first, then prefill chunks.
 
     `work` is what all of it costs; `blocked` is the turn for which there was no memory, and behind which the
-    others wait; `away` are those that could start if their sessions' caches were in memory.
+    others wait.
     """
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
     work: Work = field(default_factory=Work)
     blocked: Turn | None = None
-    away: list[Turn] = field(default_factory=list)
 
     @property
     def decode_tokens(self) -> int:

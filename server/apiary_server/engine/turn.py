@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from apiary_server.engine.delivery import TokenStream
@@ -26,8 +25,8 @@ class Turn:
     them are in the cache. Prefill and decode differ in nothing else: what is left to compute is
     `len(tokens) - computed`.
 
-    While it waits, its session's cache may leave memory, and come back as it was or not at all: what depends
-    on it is settled when the turn starts.
+    While it waits, its session's cache may leave memory, and is read again when it starts, or lost: what
+    depends on it is settled then.
     """
 
     request: TurnRequest
@@ -51,8 +50,7 @@ class Turn:
     history: Sequence[tuple[int, bool]] = field(init=False)  # of a cache to rebuild, where its segments end
     rebuild: RebuildReason | None = field(init=False)
 
-    away: bool = False  # its session's cache left memory for others, and has to be brought
-    fetching: Future[None] | None = None  # is done when it was
+    loaded: bool = False  # its session's cache is where it goes on from
     computed: int = 0
     segment_end: int = 0
     delivered: int = 0  # generated tokens sent to the reader
@@ -119,7 +117,6 @@ class Turn:
         """Lease what the turn needs to start; False if there is no room now."""
         if not self.transaction.open():
             return False
-        self._go_on_from_cache()
         self.started = time.monotonic()
         return True
 
@@ -132,7 +129,13 @@ class Turn:
         self.rebuild = session.rebuild
 
     def begin_segment(self) -> bool:
-        """Make room for the next tokens; False if the turn has to wait for memory."""
+        """Make room for the next tokens; False if the turn has to wait for memory, or for its session's cache
+        to be read."""
+        if not self.loaded:
+            if not self.transaction.load():
+                return False
+            self._go_on_from_cache()
+            self.loaded = True
         if self.computed < self.segment_end:
             return True
         end, prompt = len(self.tokens), False

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 
 import structlog
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from apiary_server.errors import SnapshotRefused
 from apiary_server.sessions.compression import Bits, Compression
+from apiary_server.sessions.fetcher import Fetcher, Found
 from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.manager import SessionManager
 from apiary_server.sessions.restored import Restored, restore
@@ -82,7 +83,7 @@ class Archive:
         self._writing_since: float | None = None
         self._alone = threading.Event()
         self._thread = threading.Thread(target=self._run, name="archive", daemon=True)
-        self._restoring = ThreadPoolExecutor(1, "restoring", initializer=alone)
+        self._fetcher = Fetcher(self.read)
         sessions.watchers.append(self.note)
 
     @property
@@ -107,14 +108,15 @@ class Archive:
         """Begin.
 
         Args:
-            call: has something done by the thread that owns the caches, unless it is cancelled before.
+            call: has something done by the thread that owns the caches, unless it is cancelled before; it is
+                woken so when a cache was read.
             copy: copies a session's committed cache to host memory, there.
             busy: whether turns run, or sessions are changed.
         """
         self._call, self._copy, self._busy = call, copy, busy
         self._thread.start()
         self._alone.wait()
-        self._restoring.submit(int).result()  # so that the thread is there
+        self._fetcher.start(lambda: call(lambda: None))
 
     def note(self, session: Session) -> None:
         """A session changed: its turns, or it was deleted."""
@@ -152,7 +154,15 @@ class Archive:
         session.epoch += 1
         self.shelf.forget(session)
 
-    def read(self, session: Session) -> tuple[Restored | None, RebuildReason | None]:
+    def fetch(self, session: Session) -> Future[Found]:
+        """Read a session's cache; see `Fetcher.fetch`. Where there is no snapshot, that is known at once."""
+        if self.shelf.turns(session):
+            return self._fetcher.fetch(session)
+        nothing: Future[Found] = Future()
+        nothing.set_result(self.read(session))
+        return nothing
+
+    def read(self, session: Session) -> Found:
         """The last of a session's snapshots that can be used; and if that is not the last of all, or none,
         why. The caller has the session's turn."""
         why = None
@@ -314,5 +324,4 @@ class Archive:
             why = RebuildReason.SNAPSHOT_EVICTED if evicted else RebuildReason.SNAPSHOT_CORRUPT
             raise SnapshotRefused("it is gone", why)
         manifest, tensors = decode_own(data, self._origin)
-        restored = self._restoring.submit(restore, session, turns, manifest, tensors, self._rotary)
-        return restored.result()
+        return restore(session, turns, manifest, tensors, self._rotary)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 from torch import Tensor
 
 from apiary_server.errors import BudgetExhausted
+from apiary_server.sessions.fetcher import Found
 from apiary_server.sessions.parking import Parking
 from apiary_server.sessions.pool import Lease, Pool, SlotClass, SlotLayout
 from apiary_server.sessions.restored import Restored
@@ -25,6 +27,9 @@ class Lower(Protocol):
 
     def hurry(self, session: Session) -> bool:
         """Have it there soon; False if that cannot be now."""
+
+    def fetch(self, session: Session) -> Future[Found]:
+        """Read a session's cache, for a turn that has begun; see `Fetcher.fetch`."""
 
     def release(self, session: Session, *, waiting: bool = False) -> bool:
         """Have no turn find a session's cache in memory any more; False if one has begun. With `waiting` it
@@ -75,7 +80,8 @@ class Residency:
         return len(self._idle) + sum(self._running.values())
 
     def admit(self, session: Session) -> bool:
-        """Bring the session's cache into the pool and pin it there; False if there is no room now."""
+        """Bring the session's cache into the pool, if it is in memory, and pin its slot there; False if there
+        is no room now."""
         if id(session) in self._idle:
             del self._idle[id(session)]
         else:
@@ -91,22 +97,37 @@ class Residency:
         self._running[session.layout] = self._running.get(session.layout, 0) + 1
         return True
 
+    def fetch(self, session: Session) -> Future[Found] | None:
+        """Have a session's cache read that was brought into the pool without; None if there is none to be
+        read."""
+        if self._lower is None or session.cache is not None or not session.turns:
+            return None
+        return self._lower.fetch(session)
+
+    def take_in(self, session: Session, found: Restored) -> None:
+        """Write what was read to the session's slot."""
+        if session.lease is None:
+            raise RuntimeError("the session has no slot")
+        session.cache = found.place(session, session.lease)
+        self.moves["loaded"] += 1
+
     def claim(self, layout: SlotLayout) -> Lease | None:
         """A second slot for a running turn, or None if it has to wait."""
         return self._lease(layout, leaving=set())
 
-    def dislodge(self, sessions: Sequence[Session]) -> Session | None:
-        """Leave the cache of one of these sessions to the store, whose turns have not started; this one has
-        to have it brought back.
+    def dislodge(self, sessions: Sequence[Session]) -> bool:
+        """Leave the cache of one of these sessions to the store, whose turns have not started.
 
         Args:
             sessions: the first one goes that can.
 
         Returns:
-            Which; None if the store has none of them yet, or there is no store.
+            Whether one went; False if the store has none of them yet, or there is no store.
         """
+        if self._lower is None:
+            return False
         resident = [session for session in sessions if session.lease is not None]
-        return None if self._lower is None else self._store_first(self._lower, resident, waiting=True)
+        return self._store_first(self._lower, resident, waiting=True)
 
     def lease_beside(self, session: Session) -> Lease | None:
         """A slot for a copy of a session's cache, which is idle and stays where it is; None if there is no
@@ -173,9 +194,9 @@ class Residency:
         lease = self._lease_first(session.layout)
         if lease is None:
             return False
-        session.lease, session.cache = lease, found.place(session, lease)
+        session.lease = lease
+        self.take_in(session, found)
         self._idle[id(session)] = session
-        self.moves["loaded"] += 1
         return True
 
     def look(self, session: Session) -> Buffers | None:
@@ -269,14 +290,13 @@ class Residency:
         if self._lower is None or not self._idle:
             return False
         unused = [session for session in (*self._parked.values(), *self._idle.values()) if not session.busy]
-        gone = self._store_first(self._lower, unused)
-        self.waits |= gone is None  # for one of these, or of `_idle` that is busy
-        return gone is not None
+        if self._store_first(self._lower, unused):
+            return True
+        self.waits = True  # for one of these, or of `_idle` that is busy
+        return False
 
-    def _store_first(
-        self, lower: Lower, sessions: Sequence[Session], *, waiting: bool = False
-    ) -> Session | None:
-        """Leave the first of some sessions to the store whose cache it has; None if it has none yet. If it
+    def _store_first(self, lower: Lower, sessions: Sequence[Session], *, waiting: bool = False) -> bool:
+        """Leave the first of some sessions to the store whose cache it has; False if it has none yet. If it
         will have none, the first is lost: to compute it anew is better than to serve nobody."""
         move = "stored"
         gone = next(
@@ -285,13 +305,13 @@ class Residency:
         if gone is None:
             if any(lower.hurry(each) for each in sessions):
                 self.waits = True
-                return None
+                return False
             move = "lost"
             gone = next((each for each in sessions if lower.release(each, waiting=waiting)), None)
         if gone is not None:
             self.free(gone)
             self.moves[move] += 1
-        return gone
+        return gone is not None
 
     def _forget(self, session: Session, parked: Tensor) -> None:
         self._parking.forget(parked)

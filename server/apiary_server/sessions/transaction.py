@@ -11,10 +11,13 @@ and the first stays as the checkpoint.
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
+from apiary_server.sessions.fetcher import Found
 from apiary_server.sessions.pool import Lease
 from apiary_server.sessions.residency import Residency
 from apiary_server.sessions.session import Session
-from buzz import Cache, Policy, Rotary
+from buzz import Cache, CacheState, Policy, Rotary
 
 
 class Transaction:
@@ -36,6 +39,8 @@ class Transaction:
         self._rotary = rotary
         self._second: Lease | None = None
         self._workspace: Lease | None = None
+        self._base: CacheState | None = None  # what to return to; None: there is no cache
+        self._coming: Future[Found] | None = None  # what is read from the store
         self._open = False
         self._in_second = False
         self.starved = False  # waiting for the second slot
@@ -61,17 +66,26 @@ class Transaction:
         return self.cache.n >= self._session.layout.capacity
 
     def open(self) -> bool:
-        """Pin the session's slot and note what to return to; False if there is no memory now."""
-        session = self._session
-        if not self._residency.admit(session):
+        """Pin the session's slot, and note what to return to; False if there is no memory now."""
+        if not self._residency.admit(self._session):
             return False
-        self._open = True
-        self._in_second = False
-        self._base = session.cache.state() if session.cache is not None else None
-        if session.cache is None:
-            self._create_cache()
-        elif session.lease is not None:
-            session.lease.save_states(session.cache.n)
+        self._open, self._in_second, self._base = True, False, None
+        self._coming = self._residency.fetch(self._session)
+        if self._coming is None:
+            self._note_base()
+        return True
+
+    def load(self) -> bool:
+        """Take in the session's cache if that is in the store; False while it is read."""
+        if self._coming is None:
+            return True
+        if not self._coming.done():
+            return False
+        found, self._session.rebuild = self._coming.result()
+        self._coming = None
+        if found is not None:
+            self._residency.take_in(self._session, found)
+        self._note_base()
         return True
 
     def begin_segment(self, tokens: int, *, prompt: bool) -> int:
@@ -147,6 +161,14 @@ class Transaction:
                 session.lease = None
         self._close()
 
+    def _note_base(self) -> None:
+        session = self._session
+        if session.cache is None:
+            self._create_cache()
+        elif session.lease is not None:
+            self._base = session.cache.state()
+            session.lease.save_states(session.cache.n)
+
     def _restore(self) -> None:
         lease = self._session.lease
         if self._base is None or lease is None:
@@ -159,6 +181,9 @@ class Transaction:
 
     def _close(self) -> None:
         self._open = False
+        if self._coming is not None:
+            self._coming.cancel()
+            self._coming = None
         self._release_workspace()
         if self._second is not None:
             self._second.release()

@@ -45,13 +45,14 @@ def snapshots(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "state" / "snapshots").iterdir())
 
 
-def hang_reads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Have the store hang when it is read, until the event."""
-    go_on, read = threading.Event(), archive(engine).shelf._store.read
+def hang_reads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Have the store hang when it is read, until the first event; the second tells that it does."""
+    go_on, hangs, read = threading.Event(), threading.Event(), archive(engine).shelf._store.read
 
     def hang(name: str, most: int) -> bytes | None:
+        hangs.set()
         go_on.wait(20)
         return read(name, most)
 
     monkeypatch.setattr(archive(engine).shelf._store, "read", hang)
-    return go_on
+    return go_on, hangs

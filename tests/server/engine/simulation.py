@@ -67,7 +67,6 @@ class FakeTurn:
     known: int = 0
     held: int = 0
     starved: bool = False
-    away: bool = False
     resident: bool = False
     replaying: bool = False
     started: float | None = None

@@ -479,7 +479,7 @@ def test_a_store_that_hangs_is_told(make: Make, monkeypatch: pytest.MonkeyPatch)
 def test_a_store_that_hangs_when_it_is_read_holds_nobody_up(
     make: Make, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("apiary_server.engine.restorer._PATIENCE", 0.3)
+    monkeypatch.setattr("apiary_server.sessions.fetcher._PATIENCE", 0.3)
     calm, engine = make_engine(start=False), make()
     for id in ("a", "b", "c"):
         for each in (calm, engine):
@@ -487,16 +487,16 @@ def test_a_store_that_hangs_when_it_is_read_holds_nobody_up(
             ask(each, PROMPT, id)
     close(engine)
     other = make()
-    go_on = hang_reads(other, monkeypatch)
+    go_on, hangs = hang_reads(other, monkeypatch)
     for id in ("a", "b"):
+        hangs.clear()
         answer = ask(other, "go on", id)
         assert answer.token_ids == ask(calm, "go on", id).token_ids
         assert answer.usage.rebuild_reason is RebuildReason.SNAPSHOT_CORRUPT
-    hung = other._restorer._hung
-    assert hung is not None
-    assert not hung.done(), "the second asked nothing"
+    assert not hangs.is_set(), "the second asked nothing"
     go_on.set()
-    hung.result(10)
+    while archive(other)._fetcher._hangs:
+        threading.Event().wait(0.005)
     answer = ask(other, "go on", "c")
     assert answer.usage.rebuild_reason is None
     assert answer.token_ids == ask(calm, "go on", "c").token_ids
@@ -513,20 +513,18 @@ def test_who_leaves_while_the_cache_is_brought_leaves_nothing(
         ask(engine, PROMPT, id)
     close(engine)
     other = make()
-    go_on = hang_reads(other, monkeypatch)
+    go_on, hangs = hang_reads(other, monkeypatch)
     left = [begin(other, request("go on", session=id)) for id in ("a", "b")]
-    assert len(other._admission) == 2
-    for stream in left:
-        stream.close()
-    assert len(other._admission) == 0, "their places are free, though one read goes on"
+    step(other)
+    assert hangs.wait(10)
+    assert other.capacity().running_turns == 2, "each has its slot"
+    for reader in left:
+        reader.close()
+    step(other)
+    assert [type(reader.error) for reader in left] == [errors.Cancelled] * 2
+    assert other._loop.residency.pool.leased_bytes == 0, "though one read goes on"
     go_on.set()
     for id in ("a", "b"):
-        for _ in range(400):
-            if not session(other, id).busy:
-                break
-            other._mailbox.post(lambda: None)
-            step(other)
-            threading.Event().wait(0.005)
         answer = ask(other, "go on", id)
         assert (answer.usage.rebuild_reason, other.sessions.get("default", id).turn_count) == (None, 2)
     close(other)
@@ -613,24 +611,25 @@ def test_turns_on_their_way_are_told_that_the_worker_shuts_down(
         ask(engine, PROMPT, id)
     close(engine)
     other, begun, go_on = make(), threading.Event(), threading.Event()
-    holder = archive(other) if where == "read" else other._door
-    work = getattr(holder, where)
+    holder, name = (archive(other)._fetcher, "_read") if where == "read" else (other._door, "admit")
+    work = getattr(holder, name)
 
     def hang(*arguments: Any) -> Any:
         begun.set()
         go_on.wait(20)
         return work(*arguments)
 
-    monkeypatch.setattr(holder, where, hang)
-    readers = [Reader() for _ in "ab"]
+    monkeypatch.setattr(holder, name, hang)
+    held = [other.sessions.begin_turn("default", id).result(0) for id in "ab"]
+    readers = [Reader() for _ in held]
     queued = [
-        other.open(request("go on", id), reader) for id, reader in zip(("a", "b"), readers, strict=True)
+        other.open(request("go on", record.id, wait=True), reader)
+        for record, reader in zip(held, readers, strict=True)
     ]
     other._thread.start()
+    for record in held:
+        other.sessions.end_turn(record)
     assert begun.wait(10)
-    if where == "admit":  # the other's is there, too
-        while other.capacity().resident_sessions < 2:
-            threading.Event().wait(0.005)
     other.stop(grace=0)
     go_on.set()
     for each, reader in zip(queued, readers, strict=True):

@@ -11,7 +11,19 @@ from apiary_server import errors
 from apiary_server.engine.engine import Engine
 from apiary_server.sessions.info import RebuildReason, State
 from apiary_server.sessions.store import StoreError
-from tests.server.driver import Reader, ask, begin, create, request, run, same, session, state, step, wake
+from tests.server.driver import (
+    Reader,
+    ask,
+    begin,
+    create,
+    request,
+    run,
+    same,
+    session,
+    state,
+    step,
+    wake,
+)
 from tests.server.engine.lasting import SLOT, WORKSPACE, archive, close, hang_reads, saved
 
 MakeEngine = Callable[..., Engine]
@@ -133,6 +145,36 @@ def test_nobody_is_refused_for_those_who_wait_behind_him(make: Make) -> None:
     close(engine)
 
 
+def test_a_stored_session_waits_for_its_slot_however_long(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apiary_server.engine.restorer._PATIENCE", 0.01)
+    monkeypatch.setattr("apiary_server.engine.scheduler._PATIENCE", 0.01)
+    engine = make(cache_budget=WORKSPACE + 2 * SLOT, parked_budget=0)
+    for id in "ab":
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    assert session(engine, "a").cache is None
+    long, stored = (
+        begin(engine, request(PROMPT, id, max_tokens=count)) for id, count in (("b", 300), ("a", 8))
+    )
+    run(engine, long, stored)
+    assert stored.deltas[0].index == 0
+    assert stored.usage.queue_time > 0.05
+    assert (stored.usage.rebuild_reason, stored.usage.cached_tokens) == (None, 165)
+    close(engine)
+
+
+def until(engine: Engine, condition: Callable[[], bool]) -> None:
+    """Step until it is so."""
+    for _ in range(500):
+        if condition():
+            return
+        wake(engine)
+        step(engine)
+    raise AssertionError("it takes too long")
+
+
 def entangle(engine: Engine, *, max_tokens: int = 8) -> tuple[Reader, Reader]:
     """One turn runs and needs a second slot to go on; the other waits, and its session has that slot."""
     create(engine, "large", LARGE)
@@ -173,14 +215,7 @@ def test_without_a_store_one_of_them_is_refused(make_engine: MakeEngine) -> None
 def test_who_leaves_while_its_cache_is_away_leaves_nothing(make: Make) -> None:
     engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0, max_running=1)
     large, small = entangle(engine)
-    step(engine)
-    turn = next(turn for turn in engine._scheduler.turns() if turn.session.id == "small")
-    for _ in range(500):
-        if turn.away:
-            break
-        wake(engine)
-        step(engine)
-    assert turn.away
+    until(engine, lambda: session(engine, "small").cache is None)
     small.close()
     step(engine)
     assert isinstance(small.error, errors.Cancelled)
@@ -194,33 +229,20 @@ def test_who_leaves_while_its_cache_is_away_leaves_nothing(make: Make) -> None:
 def test_who_leaves_while_its_cache_comes_back_leaves_nothing(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its session's turn is over when that has ended: a change meanwhile would be undone by it."""
     engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0, max_running=1)
     large, small = entangle(engine)
-    go_on = hang_reads(engine, monkeypatch)
-    step(engine)
-    turn = next(turn for turn in engine._scheduler.turns() if turn.session.id == "small")
+    go_on, hangs = hang_reads(engine, monkeypatch)
     run(engine, large)
-    for _ in range(500):
-        if turn.fetching is not None and turn.fetching.running():
-            break
-        wake(engine)
-        step(engine)
-    assert turn.fetching is not None
+    until(engine, hangs.is_set)
+    assert session(engine, "small").lease is not None, "it is read for a slot that it has"
     small.close()
     step(engine)
     assert isinstance(small.error, errors.Cancelled)
+    assert (session(engine, "small").busy, session(engine, "small").lease) == (False, None)
     rewound = engine.keeper.rewind("default", "small", 0)
-    step(engine, 3)
-    assert not rewound.done()
-    go_on.set()
-    for _ in range(500):
-        if rewound.done():
-            break
-        wake(engine)
-        step(engine)
+    until(engine, rewound.done)
     assert rewound.result(0).turn_count == 0
-    assert session(engine, "small").cache is None
+    go_on.set()
     assert ask(engine, "go on", "small").usage.cached_tokens == 0
     close(engine)
 

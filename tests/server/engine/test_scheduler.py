@@ -210,31 +210,6 @@ def test_where_nothing_runs_those_with_room_overtake_it_for_a_while() -> None:
     assert (given(plan), plan.blocked) == ([], blocked)
 
 
-def test_who_has_to_be_brought_is_named_and_others_start_meanwhile() -> None:
-    worker = Worker()
-    away, other = worker.add(5, away=True), worker.add(6)
-    plan = worker.step()
-    assert (given(plan), plan.away, plan.blocked) == ([(other, 6)], [away], None)
-    away.away = False
-    plan = worker.step()
-    assert (given(plan), plan.away) == ([(other, 1), (away, 5)], [])
-
-
-def test_nobody_is_brought_who_could_not_start() -> None:
-    worker = Worker(memory=4, max_running=2)
-    worker.add(5)
-    worker.step()
-    blocked, away = worker.add(5, size=2), worker.add(5, away=True)
-    plan = worker.step()
-    assert (plan.blocked, plan.away) == (blocked, [])
-    worker.scheduler.remove(blocked)
-    assert worker.step().away == [away]
-    worker.memory.bytes = 100
-    worker.add(5)
-    worker.step()
-    assert worker.step().away == [], "as many run as may"
-
-
 def test_the_line_is_in_the_order_in_which_turns_would_start() -> None:
     worker = Worker(max_running=1)
     worker.add(5)
