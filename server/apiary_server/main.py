@@ -75,7 +75,7 @@ async def _serve(engine: Engine, settings: Settings) -> None:
     # the libraries' objects stay: without this, a full garbage collection walks them, 0.2 s without a token
     gc.freeze()
     about = f"model {engine.model.name}, policy {engine.model.default_policy}"
-    _say(f"ready on {app.address} ({about}, budget {settings.cache_budget / 2**30:.1f} GiB)", sys.stdout)
+    _say(f"ready on {app.address} ({about}, budget {_size(settings.cache_budget)})", sys.stdout)
     await stop.wait()
 
     log.info("draining", grace=settings.drain_grace)
@@ -84,6 +84,11 @@ async def _serve(engine: Engine, settings: Settings) -> None:
     await asyncio.to_thread(engine.stop, settings.drain_grace)
     await app.stop(_LAST_WORDS)
     log.info("drained")
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _on_signals() -> asyncio.Event:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import structlog
+
 from apiary_server.sessions.files import SnapshotFiles
 from apiary_server.sessions.sqlite import SqliteStore
 from apiary_server.sessions.store import SnapshotStore, Store
 from apiary_server.sessions.valkey.address import ValkeyAddress
 from apiary_server.settings import Settings
+
+_log = structlog.get_logger(__name__)
 
 
 class Stores(NamedTuple):
@@ -31,6 +35,8 @@ def open_stores(settings: Settings, tokenizer: str) -> Stores | None:
         OSError: the password cannot be read.
     """
     if settings.durability == "off":
+        if settings.state_dir is not None or settings.store is not None:
+            _log.warning("durability is off: sessions end with the worker, and their place is not used")
         return None
     if settings.state_dir is not None:
         directory, snapshots = settings.state_dir, settings.state_dir / "snapshots"

@@ -64,8 +64,9 @@ class Layouts:
                 [
                     (
                         "policy",
-                        f"{policy} needs {self._reserve + 1} slots of {layout.bytes:,} bytes, and the cache "
-                        f"budget leaves {self.pool.arena_bytes:,} for slots",
+                        f"{policy} needs {self._reserve + 1} slots of {layout.bytes:,} bytes, "
+                        f"{(self._reserve + 1) * layout.bytes:,} together, and the cache budget leaves "
+                        f"{self.pool.arena_bytes:,} for slots",
                     )
                 ]
             )

@@ -95,7 +95,7 @@ class Keeper:
             new: the id of the new one; None draws one.
 
         Returns:
-            The new session; or SessionExists, or BudgetExhausted.
+            The new session; or SessionExists, or, where nothing is stored, BudgetExhausted.
 
         Raises:
             SessionNotFound: unknown, expired or another tenant's.
@@ -269,10 +269,11 @@ class Keeper:
         lease = None
         if session.cache is not None:
             lease = self._residency.lease_beside(session)
-            if lease is None and self._residency.may_have_room(session) and time.monotonic() < until:
-                return None
-            if lease is None:
-                raise self._residency.exhausted(session.layout)
+            if lease is None and not self._residency.may_hand_over(session):
+                if self._residency.may_have_room(session) and time.monotonic() < until:
+                    return None
+                if self._archive is None:
+                    raise self._residency.exhausted(session.layout)
         try:
             twin = self._sessions.fork(session, new)
         except BaseException:
@@ -282,7 +283,10 @@ class Keeper:
         try:
             if lease is not None:
                 self._residency.copy(session, twin, lease)
-                self._sessions.changed(twin)  # it has a cache now
+            elif session.cache is not None and not self._residency.hand_over(session, twin):
+                twin.rebuild = RebuildReason.SNAPSHOT_EVICTED
+            if twin.cache is not None:
+                self._sessions.changed(twin)
         finally:
             self._sessions.end_turn(twin)
         return twin

@@ -28,6 +28,8 @@ from apiary_server.sessions.session import Session
 _Stats = TypeVar("_Stats")
 _log = structlog.get_logger(__name__)
 _IDLE_WAIT = 0.5  # seconds between looks at expired sessions when there is no turn
+_LAST_STEPS = 2.0  # seconds for what is kept of answers when the worker shuts down
+_SHUT_DOWN = "the worker is shutting down"
 _PAUSED_WAIT = 0.005  # seconds between looks at readers and memory when all turns wait
 
 
@@ -73,15 +75,21 @@ class Loop:
         """Queue a turn, and end the one that has to leave for it if the queue is full."""
         leaving = self._scheduler.add(turn)
         if self._mailbox.closed:  # it was on its way to the queue when the engine thread ended
-            self._fail(turn, _shut_down())
+            self._fail(turn, errors.Draining(f"{_SHUT_DOWN}; the turn was rolled back"))
             self._hand_over()
         elif leaving is not None:
             self._fail(*leaving)
 
     def end_all(self) -> None:
-        """Roll back every turn, since the worker is shutting down."""
+        """End every turn, since the worker is shutting down: rolled back, or with what its reader took."""
         for turn in self._scheduler.turns():
-            self._fail(turn, _shut_down())
+            if turn.cut is None:
+                self._cut_short(turn, errors.Draining, _SHUT_DOWN)
+        end = time.monotonic() + _LAST_STEPS
+        while any(turn.cut for turn in self._scheduler.turns()) and time.monotonic() < end:
+            self.step()
+        for turn in self._scheduler.turns():
+            self._fail(turn, errors.Draining(f"{_SHUT_DOWN}; the turn was rolled back"))
         self._hand_over()
 
     def attach(
@@ -329,7 +337,3 @@ class Loop:
                 sessions=len(self._sessions),
             ),
         )
-
-
-def _shut_down() -> errors.Draining:
-    return errors.Draining("the worker is shutting down and rolled the turn back; ask another")

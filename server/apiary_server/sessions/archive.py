@@ -79,6 +79,7 @@ class Archive:
         self._staging = torch.empty(0, dtype=torch.uint8)
         self._rest_until = 0.0
         self._errors: dict[int | None, str] = {}  # what failed last, by dirty session; deletions have none
+        self._complained = False  # the log says so
         self._failed = False  # something else did since the last write that did not
         self._writing_since: float | None = None
         self._alone = threading.Event()
@@ -246,10 +247,10 @@ class Archive:
     def _tidy(self) -> None:
         with self._told(None), self._writing():
             self.shelf.tidy()
-        self._mend(None)
+        self._mend(None, worked=None in self._errors)
 
     def _save(self, session: Session) -> None:
-        changed = self._dirty.get(id(session))
+        changed, wrote = self._dirty.get(id(session)), False
         with self._told(session):
             image = self._image(session)
             if image is None:  # it has no cache, or a turn runs, and it is tried again
@@ -260,12 +261,12 @@ class Archive:
                     parts = encode(image, self._origin, compression=self._compression)
                     with self._writing():
                         self.saved += self.shelf.put(session, image.epoch, image.turns, parts)
-                    self._failed = False
+                    self._failed, wrote = False, True
         if done:
             with self._changed:
                 if self._dirty.get(id(session)) is changed:
                     self._dirty.pop(id(session), None)
-            self._mend(id(session))
+            self._mend(id(session), worked=wrote)
 
     @contextlib.contextmanager
     def _told(self, session: Session | None) -> Iterator[None]:
@@ -276,8 +277,9 @@ class Archive:
             key, why = None if session is None else id(session), reason(error)
             with self._changed:
                 if session is None or not session.deleted:
-                    if not self._errors:
+                    if not self._complained:
                         _log.error("caches are not stored: serving goes on", reason=why)
+                    self._complained = True
                     # one that always fails says nothing of the others
                     self._failed |= key not in self._errors
                     self._errors[key] = why
@@ -286,12 +288,14 @@ class Archive:
                     self._dirty.move_to_end(id(session))  # others may have better luck
             raise
 
-    def _mend(self, key: int | None) -> None:
-        """What failed did not this time, or need not be done any more."""
+    def _mend(self, key: int | None, *, worked: bool = False) -> None:
+        """What failed worked this time, or need not be done any more."""
         with self._changed:
             mended = self._errors.pop(key, None) is not None and not self._errors
             self._failed = self._failed and not mended
-        if mended:
+            well = worked and self._complained and not self._errors
+            self._complained = self._complained and not well
+        if well:
             _log.warning("caches are stored again")
 
     @contextlib.contextmanager

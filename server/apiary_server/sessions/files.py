@@ -16,7 +16,8 @@ class SnapshotFiles:
     """As `SnapshotStore`, in a directory that one process uses at a time.
 
     A file is written under another name, fsynced, renamed, and its directory fsynced: whoever finds a name
-    finds it whole.
+    finds it whole. If the directory is taken away it is made again, in the one that it was in; nothing is
+    written to another that has its name.
 
     Args:
         directory: it is made if it is missing, for this user alone.
@@ -29,6 +30,7 @@ class SnapshotFiles:
         self._directory = directory
         with self._explained():
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._opened = directory.stat()
 
     def names(self) -> Mapping[str, int]:
         """As `SnapshotStore.names`."""
@@ -45,6 +47,7 @@ class SnapshotFiles:
         """As `SnapshotStore.write`."""
         path, unfinished = self._directory / name, self._directory / f"{name}{_UNFINISHED}"
         with self._explained():
+            self._check_place()
             try:
                 with open(unfinished, "wb", buffering=0, opener=_private) as file:
                     for part in parts:
@@ -73,6 +76,18 @@ class SnapshotFiles:
 
     def close(self) -> None:
         """As `SnapshotStore.close`: nothing is open."""
+
+    def _check_place(self) -> None:
+        try:
+            there = os.path.samestat(self._directory.stat(), self._opened)
+        except FileNotFoundError:
+            self._directory.mkdir(mode=0o700)
+            self._opened = self._directory.stat()
+        else:
+            if not there:
+                raise StoreError(
+                    f"{self._directory} is another directory than the one that was opened: put that back"
+                )
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -155,6 +155,28 @@ class Residency:
         into.lease, into.cache = lease, session.cache.twin(lease.buffers(session.policy.states))
         self._idle[id(into)] = into
 
+    def may_hand_over(self, session: Session) -> bool:
+        """Whether `hand_over` can give a session's cache away now; else the store is asked to have it soon,
+        and `waits` tells whether it will."""
+        if self._lower is None or session.lease is None:
+            return False
+        if self._lower.keeps(session):
+            return True
+        self.waits |= self._lower.hurry(session)
+        return False
+
+    def hand_over(self, session: Session, into: Session) -> bool:
+        """Give a session another's cache where there is no room for a copy: the other, whose turn the caller
+        has, is left to the store. False if that does not have it."""
+        if self._lower is None or session.lease is None or not self._lower.keeps(session):
+            return False
+        into.lease, into.cache, session.lease = session.lease, session.cache, None
+        self._lower.release(session, waiting=True)
+        self.free(session)
+        self.moves["stored"] += 1
+        self._idle[id(into)] = into
+        return True
+
     def image(self, session: Session, memory: Tensor) -> Image | None:
         """Copy what a session has committed.
 

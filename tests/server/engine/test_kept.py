@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from apiary_server import errors
 from apiary_server.engine.engine import Engine
@@ -61,6 +62,29 @@ def test_a_deadline_keeps_what_was_read(make_engine: MakeEngine, monkeypatch: py
     run(engine, reader)
     assert isinstance(reader.error, errors.DeadlineExceeded)
     assert session(engine, "a").turns[-1].completion_tokens == 5
+
+
+@pytest.mark.parametrize(("taken", "unread"), [(5, 0), (30, 17)])
+def test_a_worker_that_shuts_down_keeps_what_was_read(
+    make_engine: MakeEngine, taken: int, unread: int
+) -> None:
+    engine = make_engine(start=False)
+    for id in "ab":
+        create(engine, id)
+    reader = begin(engine, request(PROMPT, "a", max_tokens=300, keep=True), reads=False)
+    other = begin(engine, request(PROMPT, "b", max_tokens=300))
+    while len(reader.token_ids) < taken + unread:
+        step(engine)
+    reader.read(taken)
+    with torch.inference_mode():
+        engine._loop.end_all()
+    assert isinstance(reader.error, errors.Draining)
+    assert "kept" in reader.error.message
+    assert isinstance(other.error, errors.Draining)
+    assert "rolled back" in other.error.message
+    assert session(engine, "a").transcript[-taken:].tolist() == reader.token_ids[:taken]
+    assert session(engine, "a").turns[-1].completion_tokens == taken
+    assert not session(engine, "b").turns
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])

@@ -145,6 +145,44 @@ def test_nobody_is_refused_for_those_who_wait_behind_him(make: Make) -> None:
     close(engine)
 
 
+@pytest.mark.parametrize("which", ["resident", "stored"])
+def test_forks_need_no_second_slot(make: Make, which: str) -> None:
+    """A pool for one: the fork has its slot, and the session is left to the store."""
+    engine = make(cache_budget=WORKSPACE + 2 * SLOT, parked_budget=0)
+    for id in "ab":
+        create(engine, id)
+        ask(engine, PROMPT, id)
+    name = "b" if which == "resident" else "a"
+    forked = engine.keeper.fork("default", name, "c")
+    until(engine, forked.done)
+    assert forked.result(0).turn_count == 1
+    assert (session(engine, name).cache, session(engine, "c").cache is None) == (None, False)
+    assert not session(engine, name).busy
+    answers = [ask(engine, "go on", id) for id in ("c", name)]
+    assert [answer.usage.rebuild_reason for answer in answers] == [None, None]
+    assert answers[0].token_ids == answers[1].token_ids
+    close(engine)
+
+
+def test_forks_that_no_store_takes_are_computed_anew(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make(cache_budget=WORKSPACE + 2 * SLOT, parked_budget=0)
+    create(engine, "a")
+
+    def refuse(*_: object) -> None:
+        raise StoreError("no space left on device")
+
+    monkeypatch.setattr(archive(engine).shelf._store, "write", refuse)
+    ask(engine, PROMPT, "a")
+    until(engine, lambda: engine.capacity().store_degraded)
+    forked = engine.keeper.fork("default", "a", "c")
+    until(engine, forked.done)
+    assert forked.result(0).turn_count == 1
+    answers = [ask(engine, "go on", id) for id in "ac"]
+    assert [answer.usage.rebuild_reason for answer in answers] == [None, RebuildReason.SNAPSHOT_EVICTED]
+    assert answers[0].token_ids == answers[1].token_ids
+    engine._journal.close(10)  # type: ignore[union-attr]
+
+
 def test_a_stored_session_waits_for_its_slot_however_long(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

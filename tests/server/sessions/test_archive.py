@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch import Tensor
 
 from apiary_server.engine.mailbox import settle
@@ -248,11 +249,16 @@ def test_nothing_is_well_again_before_it_is(hive: Hive, store: Faulty) -> None:
 def test_what_need_not_be_stored_any_more_is_no_error(hive: Hive, store: Faulty) -> None:
     session = hive.session("a", 0)
     store.refusing.append(session)
-    hive.turn(session)
-    assert until(lambda: hive.archive.degraded)
-    hive.sessions.remove("default", "a")
-    assert until(lambda: not hive.archive.degraded)
-    assert hive.archive.hurry(hive.session("b"))
+    with capture_logs() as logs:
+        hive.turn(session)
+        assert until(lambda: hive.archive.degraded)
+        hive.sessions.remove("default", "a")
+        assert until(lambda: not hive.archive.degraded)
+        assert [entry["event"] for entry in logs] == ["caches are not stored: serving goes on"]
+        other = hive.session("b")
+        assert hive.archive.hurry(other)
+        assert until(lambda: hive.kept(other))
+        assert until(lambda: logs[-1]["event"] == "caches are stored again"), "now that one was"
 
 
 def test_a_deletion_that_failed_is_tried_again(hive: Hive, store: Faulty) -> None:

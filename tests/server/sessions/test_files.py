@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,31 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file"):
         SnapshotFiles(tmp_path / "file" / "snapshots")
-    files = SnapshotFiles(tmp_path / "gone")
+    files = SnapshotFiles(tmp_path / "gone" / "snapshots")
+    (tmp_path / "gone" / "snapshots").rmdir()
     (tmp_path / "gone").rmdir()
     for failing in (files.names, lambda: files.write("a", [b""])):
         with pytest.raises(StoreError, match="No such file"):
             failing()
     assert files.read("a", 10) is None
+
+
+def test_a_directory_that_was_taken_away_is_made_again(tmp_path: Path) -> None:
+    directory = tmp_path / "snapshots"
+    files = SnapshotFiles(directory)
+    files.write("a", [b"one"])
+    shutil.rmtree(directory)
+    for _ in range(2):
+        files.write("b", [b"two"])
+    assert files.names() == {"b": 3}
+    assert directory.stat().st_mode & 0o077 == 0
+
+
+def test_nothing_is_written_to_another_worker_s(tmp_path: Path) -> None:
+    files = SnapshotFiles(tmp_path / "snapshots")
+    (tmp_path / "snapshots").rename(tmp_path / "moved")
+    other = SnapshotFiles(tmp_path / "snapshots")
+    with pytest.raises(StoreError, match="put that back"):
+        files.write("a", [b"one"])
+    other.write("b", [b"two"])
+    assert other.names() == {"b": 3}

@@ -191,7 +191,7 @@ def imported(first: spb.ImportSessionRequest | None) -> str | None:
         InvalidField: nothing came, or it is malformed.
     """
     if first is None:
-        raise InvalidField([("chunk", "is required: stream what ExportSession gave")])
+        raise InvalidField([("chunk", "is empty: send what an export gave")])
     return _new_id(first.session_id)
 
 
@@ -286,7 +286,9 @@ def _build(kind: type[_Model], parent: str, *, skip: int = 0, **values: object) 
     except ValidationError as error:
         # never with the value: it may be a prompt
         problems = error.errors(include_url=False, include_context=False, include_input=False)
-        raise InvalidField([(_path(parent, one["loc"][skip:]), one["msg"]) for one in problems]) from None
+        raise InvalidField(
+            [(_path(parent, one["loc"][skip:]), one["msg"].removeprefix("Value error, ")) for one in problems]
+        ) from None
 
 
 def _path(parent: str, parts: Sequence[int | str]) -> str:
