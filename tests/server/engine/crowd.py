@@ -205,7 +205,8 @@ class Crowd:
 
     def _check_end(self, asked: Asked, told: Told, record: Session) -> None:
         error = asked.error
-        kept = asked.keep and isinstance(error, errors.Cancelled) and asked.reader.token_ids
+        cut = isinstance(error, (errors.Cancelled, errors.Draining))
+        kept = cut and asked.keep and asked.reader.token_ids
         if error is None or kept:
             self._check_answer(asked, told, record)
             return
