@@ -35,8 +35,8 @@ def serve(settings: Settings) -> None:
     """Run a worker until SIGTERM or SIGINT.
 
     Prints one line on stdout when ready. A signal drains: health says NOT_SERVING, new turns are refused,
-    running ones finish or roll back within `drain_grace`; another signal, a second later or more, ends the
-    process at once. If the engine breaks, the process ends with `EXIT_UNHEALTHY`.
+    running ones finish within `drain_grace`, or are cut short; another signal, a second later or more, ends
+    the process at once. If the engine breaks, the process ends with `EXIT_UNHEALTHY`.
 
     Raises:
         SystemExit: it could not start, as a line on stderr says: 2 for settings that cannot be served, 1 for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import structlog
 import torch
@@ -35,6 +36,7 @@ from buzz.quant import GROUP
 
 _log = structlog.get_logger(__name__)
 _POLICIES = 256  # that are kept at hand
+_PATIENCE = 5.0  # seconds for which a turn lets others go first that have room
 _SHORTEST_KEY = 16  # bytes
 
 
@@ -169,6 +171,7 @@ def assemble(settings: Settings, loaded: LoadedModel, observer: Observer | None 
         settings.queue_limit,
         settings.decode_slowdown,
         settings.tenant_weights,
+        math.inf if archive is None else _PATIENCE,  # without a store nobody makes room for it
     )
     return Engine(
         model=model,

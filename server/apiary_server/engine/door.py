@@ -164,6 +164,7 @@ class Door:
             max_tokens=stopping.max_tokens or self._model.default_max_tokens,
             stop_tokens=frozenset((*eos, *stopping.stop_token_ids)),
             seed=secrets.randbits(64) if seed is None else seed,
+            cached_tokens=self._residency.seen(session),
             digest=request.digest if request.request_id is not None else "",
         )
 

@@ -110,7 +110,8 @@ class Engine:
         self._admission.drain()
 
     def stop(self, grace: float) -> None:
-        """Let turns finish for `grace` seconds, roll the others back, and end the loop."""
+        """Let turns finish for `grace` seconds, roll the others back or keep what was delivered of them, and
+        end the loop."""
         self.drain()
         deadline = time.monotonic() + grace
         while time.monotonic() < deadline and self._thread.is_alive() and self._busy:

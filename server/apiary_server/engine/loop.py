@@ -178,7 +178,7 @@ class Loop:
         if turn is None or not all(other.starved for other in running):
             return
         others = [other.session for other in reversed(self._scheduler.line()) if other is not turn]
-        if not self.residency.dislodge(others) and not self.residency.waits:
+        if not self.residency.make_room(others):
             self._fail(turn, self.residency.exhausted(turn.session.layout))
 
     def _execute(self, plan: StepPlan) -> None:

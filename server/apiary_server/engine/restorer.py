@@ -95,7 +95,7 @@ class Restorer:
     def _bring(self, archive: Archive, session: Session) -> None:
         if self._ended.is_set():
             raise Draining()
-        with contextlib.suppress(BudgetExhausted):  # then its turn waits for room, and computes it anew
+        with contextlib.suppress(BudgetExhausted):  # then it is computed anew
             self._place(session, *archive.fetch(session).result())
 
     def _place(self, session: Session, found: Restored | None, why: RebuildReason | None) -> None:

@@ -33,7 +33,7 @@ _LEVEL_SECONDS = 1.0  # waiting that is worth a level of priority
 _LEVEL_TOKENS = 512  # tokens of prompt that cost one
 _LEAST_CHUNK = 16  # tokens that a step has for prefill, whatever it costs; and no chunk is cut smaller
 _OPTIMISM = 0.5  # of the time that a first token should take: only what misses even that is refused
-_PATIENCE = 5.0  # seconds for which a turn without room lets others go first
+_MOST_LOADING = 4  # turns whose sessions' caches are being read
 _PACE_GAIN = 0.2  # of the newest gap between two starts in their mean
 _FIRST_RETRY = 1.0  # seconds until a place in the queue is free, while no turn has left it yet
 _LEAST_RETRY, _MOST_RETRY = 0.1, 60.0  # seconds
@@ -48,6 +48,7 @@ class Scheduler:
         queue_limit: the most turns that wait.
         decode_slowdown: the most times longer than its decode tokens alone that a step may take; from 1 on.
         weights: shares of tenants; 1 where not named.
+        patience: seconds for which a turn without room lets those go first whose sessions have some.
         clock: monotonic seconds.
     """
 
@@ -58,6 +59,7 @@ class Scheduler:
         queue_limit: int,
         decode_slowdown: float,
         weights: Mapping[str, float] | None = None,
+        patience: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.queue_limit = queue_limit
@@ -68,12 +70,15 @@ class Scheduler:
         self._max_running = max_running
         self._decode_slowdown = decode_slowdown
         self._weights = dict(weights or {})
+        self._patience = patience
         self._clock = clock
         self._served: dict[str, float] = {}  # the tenants' clocks
         self._floor = 0.0  # where the clock of a tenant that was away starts
         self._here: set[str] = set()  # the tenants that had something to do in the step before
         self._prefilled: set[Turn] = set()  # in the step before
         self._stalled: set[Turn] = set()  # had no memory in the step before
+        self._blocked: Turn | None = None  # had no room when it was its time
+        self._blocked_since = 0.0
         self._started = 0.0  # when a turn left the queue last, or the first one came
         self._pace: float | None = None  # mean seconds from start to start while turns wait
 
@@ -148,7 +153,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """The next step; empty if nothing can run now."""
-        ready = [turn for turn in self.running if not turn.paused]
+        ready = [turn for turn in self.running if not turn.paused and turn.load()]
         self._set_clocks({turn.tenant for turn in (*ready, *self.waiting)})
         plan = StepPlan()
         for turn in ready:
@@ -177,7 +182,7 @@ class Scheduler:
                 if prefilled:
                     break
                 most = min(room, _LEAST_CHUNK)
-            if turn in unstarted and not self._start(plan, turn):
+            if turn in unstarted and not (self._start(plan, turn) and turn.load()):
                 continue
             count = self._give(plan, turn, int(most))
             (prefilled if count else stalled).add(turn)
@@ -217,10 +222,15 @@ class Scheduler:
         Where one waits for room, no other starts; but if nothing runs, it waits for a while for those behind
         it that have room.
         """
+        loading = sum(other.started is None for other in self.running)
+        if turn.stored and loading >= _MOST_LOADING:
+            return False
         if not self._may_start or (plan.blocked is not None and not self._may_overtake(turn, plan.blocked)):
             return False
         if not turn.open():
             plan.blocked = turn
+            if self._blocked is not turn:
+                self._blocked, self._blocked_since = turn, self._clock()
             return False
         self.waiting.remove(turn)
         self.running.append(turn)
@@ -230,7 +240,7 @@ class Scheduler:
         return True
 
     def _may_overtake(self, turn: Turn, blocked: Turn) -> bool:
-        return not self.running and turn.resident and self._clock() - blocked.arrived < _PATIENCE
+        return not self.running and turn.resident and self._clock() - self._blocked_since < self._patience
 
     def _give(self, plan: StepPlan, turn: Turn, most: int) -> int:
         """Add the turn's next chunk to the plan. Returns its tokens; 0 if it has to wait for memory."""

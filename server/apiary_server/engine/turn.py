@@ -38,6 +38,7 @@ class Turn:
     max_tokens: int
     stop_tokens: frozenset[int]
     seed: int
+    cached_tokens: int  # until it starts, as many as the cache should have then
     digest: str = ""  # of the request, if it has an id
     arrived: float = field(default_factory=time.monotonic)
 
@@ -46,11 +47,9 @@ class Turn:
     carried: int = field(
         init=False
     )  # of `tokens`, those that earlier turns committed but that are not cached
-    cached_tokens: int = field(init=False)
     history: Sequence[tuple[int, bool]] = field(init=False)  # of a cache to rebuild, where its segments end
     rebuild: RebuildReason | None = field(init=False)
 
-    loaded: bool = False  # its session's cache is where it goes on from
     computed: int = 0
     segment_end: int = 0
     delivered: int = 0  # generated tokens sent to the reader
@@ -109,33 +108,39 @@ class Turn:
         return self.transaction.starved
 
     @property
+    def stored(self) -> bool:
+        """Whether its session's cache is not in memory, though it has turns."""
+        return self.session.cache is None and bool(self.session.turns)
+
+    @property
     def resident(self) -> bool:
         """Whether its session has a slot."""
         return self.session.lease is not None
 
     def open(self) -> bool:
         """Lease what the turn needs to start; False if there is no room now."""
-        if not self.transaction.open():
-            return False
-        self.started = time.monotonic()
+        return self.transaction.open()
+
+    def load(self) -> bool:
+        """Whether it can go on from its session's cache; False while that is read from the store."""
+        if self.started is None:
+            if not self.transaction.load():
+                return False
+            self.cached_tokens = self.transaction.cache.seen
+            self._go_on_from_cache()
+            self.started = time.monotonic()
         return True
 
     def _go_on_from_cache(self) -> None:
-        session, carried = self.session, self.session.pending
+        session = self.session
+        carried = session.transcript[self.cached_tokens :].tolist()
         self.tokens = [*carried, *self.input]
         self.prompt_end, self.carried = len(self.tokens), len(carried)
-        self.cached_tokens = len(session.transcript) - len(carried)
         self.history = session.missing(self.cached_tokens)
         self.rebuild = session.rebuild
 
     def begin_segment(self) -> bool:
-        """Make room for the next tokens; False if the turn has to wait for memory, or for its session's cache
-        to be read."""
-        if not self.loaded:
-            if not self.transaction.load():
-                return False
-            self._go_on_from_cache()
-            self.loaded = True
+        """Make room for the next tokens; False if the turn has to wait for memory."""
         if self.computed < self.segment_end:
             return True
         end, prompt = len(self.tokens), False

@@ -146,9 +146,13 @@ class Archive:
             self._changed.notify()
         return True
 
-    def release(self, session: Session, *, waiting: bool = False) -> bool:
+    def turns(self, session: Session) -> int:
+        """How many of a session's turns its newest snapshot has; 0 if there is none."""
+        return max(self.shelf.turns(session), default=0)
+
+    def release(self, session: Session, *, held: bool = False) -> bool:
         """Have no turn find a session's cache in memory any more; see `SessionManager.let_go`."""
-        return self._sessions.let_go(session, waiting=waiting)
+        return self._sessions.let_go(session, held=held)
 
     def forget(self, session: Session) -> None:
         """No snapshot of a session is of use any more; the caller has its turn."""
@@ -160,19 +164,20 @@ class Archive:
         if self.shelf.turns(session):
             return self._fetcher.fetch(session)
         nothing: Future[Found] = Future()
-        nothing.set_result(self.read(session))
+        nothing.set_result((None, session.rebuild or RebuildReason.RESTARTED))
         return nothing
 
     def read(self, session: Session) -> Found:
         """The last of a session's snapshots that can be used; and if that is not the last of all, or none,
         why. The caller has the session's turn."""
-        why = None
+        why, epoch = None, session.epoch
         for turns in self.shelf.turns(session):
             try:
-                found = self._read(session, turns)
+                found = self._read(session, turns, epoch)
             except SnapshotRefused as error:
                 _log.warning("a snapshot was refused", session=session.id, turns=turns, reason=error.message)
-                self.shelf.refuse(session, turns)
+                if session.epoch == epoch:  # else another may have its name now
+                    self.shelf.refuse(session, turns)
                 why = why or error.reason
             except StoreError as error:
                 _log.error("a snapshot cannot be read", session=session.id, turns=turns, reason=str(error))
@@ -318,13 +323,14 @@ class Archive:
                 if self._deadline is not None and made.cancel():  # that thread has ended
                     return self._copy(session, self._staging)
 
-    def _read(self, session: Session, turns: int) -> Restored:
+    def _read(self, session: Session, turns: int, epoch: int) -> Restored:
         if self._hangs:  # to compute it anew is quicker
             raise StoreError("the store hangs")
         data = self.shelf.get(session, turns, session.layout.bytes + _HEAD)
         if data is None:
             evicted = turns not in self.shelf.turns(session)  # just now
-            self.shelf.lose(session, turns)
+            if session.epoch == epoch:
+                self.shelf.lose(session, turns)
             why = RebuildReason.SNAPSHOT_EVICTED if evicted else RebuildReason.SNAPSHOT_CORRUPT
             raise SnapshotRefused("it is gone", why)
         manifest, tensors = decode_own(data, self._origin)

@@ -66,15 +66,17 @@ class Fetcher:
             session, found = self._asked.get()
             if not found.set_running_or_notify_cancel():
                 continue
-            patience = threading.Timer(_PATIENCE, self._give_up, (session, found))
-            patience.daemon = True
-            patience.start()
+            outcome = _LOST
             try:
-                outcome = self._read(session)
+                patience = threading.Timer(_PATIENCE, self._give_up, (session, found))
+                patience.daemon = True
+                patience.start()
+                try:
+                    outcome = self._read(session)
+                finally:
+                    patience.cancel()
             except Exception:
-                _log.exception("a fault of ours in reading a snapshot", session=session.id)
-                outcome = _LOST
-            patience.cancel()
+                _log.exception("a cache could not be read, and is computed anew", session=session.id)
             with self._lock:
                 self._hangs = False
                 if not found.done():

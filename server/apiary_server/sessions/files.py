@@ -82,11 +82,13 @@ class SnapshotFiles:
             there = os.path.samestat(self._directory.stat(), self._opened)
         except FileNotFoundError:
             self._directory.mkdir(mode=0o700)
+            sync(self._directory.parent)
             self._opened = self._directory.stat()
         else:
             if not there:
                 raise StoreError(
-                    f"{self._directory} is another directory than the one that was opened: put that back"
+                    f"{self._directory} is another directory than the one that was opened: put that "
+                    "back, or start the worker anew"
                 )
 
     @contextlib.contextmanager

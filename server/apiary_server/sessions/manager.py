@@ -367,11 +367,11 @@ class SessionManager:
             session.touch()
         self.changed(session)
 
-    def let_go(self, session: Session, *, waiting: bool = False) -> bool:
-        """Leave a session without its cache; False if it has a turn, but for one that is known to be
-        `waiting`. The memory is the caller's to free."""
+    def let_go(self, session: Session, *, held: bool = False) -> bool:
+        """Leave a session without its cache; False if it has a turn, unless the caller has that (`held`). The
+        memory is the caller's to free."""
         with self._lock:
-            if (session.busy and not waiting) or session.deleted:
+            if (session.busy and not held) or session.deleted:
                 return False
             session.cache = None
             session.rebuild = session.rebuild or RebuildReason.SNAPSHOT_EVICTED  # unless that can be read

@@ -25,15 +25,18 @@ class Lower(Protocol):
     def keeps(self, session: Session) -> bool:
         """Whether a session's cache is there as it is."""
 
+    def turns(self, session: Session) -> int:
+        """How many of a session's turns the cache has that is there; 0 if there is none."""
+
     def hurry(self, session: Session) -> bool:
         """Have it there soon; False if that cannot be now."""
 
     def fetch(self, session: Session) -> Future[Found]:
         """Read a session's cache, for a turn that has begun; see `Fetcher.fetch`."""
 
-    def release(self, session: Session, *, waiting: bool = False) -> bool:
-        """Have no turn find a session's cache in memory any more; False if one has begun. With `waiting` it
-        has one that has not."""
+    def release(self, session: Session, *, held: bool = False) -> bool:
+        """Have no turn find a session's cache in memory any more; False if one has begun, unless the caller
+        has it (`held`)."""
 
 
 class Residency:
@@ -48,8 +51,7 @@ class Residency:
     Not thread-safe: the engine thread owns it.
 
     Attributes:
-        waits: whether there was no room just now, but there will be: a cache is being stored, or can be when
-            its session has no turn in flight, or that waits in the queue.
+        waits: whether there was no room just now, but there will be, since a cache is being stored.
         moves: how many caches went where: `parked`, `unparked`, `stored`, `loaded`; or were `lost`, since the
             store could take none.
     """
@@ -97,6 +99,13 @@ class Residency:
         self._running[session.layout] = self._running.get(session.layout, 0) + 1
         return True
 
+    def seen(self, session: Session) -> int:
+        """How many of a session's tokens its cache has, or will have when it was read."""
+        cache, turns = session.cache, 0 if self._lower is None else self._lower.turns(session)
+        if cache is not None:
+            return cache.seen
+        return session.turns[turns - 1].seen if turns else 0
+
     def fetch(self, session: Session) -> Future[Found] | None:
         """Have a session's cache read that was brought into the pool without; None if there is none to be
         read."""
@@ -115,19 +124,30 @@ class Residency:
         """A second slot for a running turn, or None if it has to wait."""
         return self._lease(layout, leaving=set())
 
-    def dislodge(self, sessions: Sequence[Session]) -> bool:
-        """Leave the cache of one of these sessions to the store, whose turns have not started.
-
-        Args:
-            sessions: the first one goes that can.
+    def make_room(self, waiting: Sequence[Session]) -> bool:
+        """Where nothing goes on for want of room: leave a cache to the store, of an idle session or of the
+        first of these, whose turns have not started. Where the store takes none, one is lost: to compute it
+        anew is better than to serve nobody.
 
         Returns:
-            Whether one went; False if the store has none of them yet, or there is no store.
+            Whether there is more room, or will be; always, if there is a store.
         """
-        if self._lower is None:
+        lower = self._lower
+        if lower is None:
             return False
-        resident = [session for session in sessions if session.lease is not None]
-        return self._store_first(self._lower, resident, waiting=True)
+        idle = self._unused() if self._idle else []
+        resident = [session for session in waiting if session.lease is not None]
+        if self.waits or self._store_first(lower, idle) or self._store_first(lower, resident, held=True):
+            return True
+        if any(lower.hurry(session) for session in (*idle, *resident)):
+            return True
+        for sessions, held in ((idle, False), (resident, True)):
+            for session in sessions:
+                if lower.release(session, held=held):
+                    self.free(session)
+                    self.moves["lost"] += 1
+                    return True
+        return any(session.busy for session in self._idle.values())  # on their way to the queue, or changed
 
     def lease_beside(self, session: Session) -> Lease | None:
         """A slot for a copy of a session's cache, which is idle and stays where it is; None if there is no
@@ -158,7 +178,7 @@ class Residency:
     def may_hand_over(self, session: Session) -> bool:
         """Whether `hand_over` can give a session's cache away now; else the store is asked to have it soon,
         and `waits` tells whether it will."""
-        if self._lower is None or session.lease is None:
+        if self._lower is None or session.cache is None:
             return False
         if self._lower.keeps(session):
             return True
@@ -168,13 +188,16 @@ class Residency:
     def hand_over(self, session: Session, into: Session) -> bool:
         """Give a session another's cache where there is no room for a copy: the other, whose turn the caller
         has, is left to the store. False if that does not have it."""
-        if self._lower is None or session.lease is None or not self._lower.keeps(session):
+        if self._lower is None or session.cache is None or not self._lower.keeps(session):
             return False
-        into.lease, into.cache, session.lease = session.lease, session.cache, None
-        self._lower.release(session, waiting=True)
-        self.free(session)
+        tier = self._idle if session.parked is None else self._parked
+        del tier[id(session)]
+        tier[id(into)] = into
+        into.cache, into.lease, into.parked = session.cache, session.lease, session.parked
+        session.lease = session.parked = None
+        self._lower.release(session, held=True)
+        session.cache = None  # where it was deleted meanwhile, too
         self.moves["stored"] += 1
-        self._idle[id(into)] = into
         return True
 
     def image(self, session: Session, memory: Tensor) -> Image | None:
@@ -311,29 +334,24 @@ class Residency:
         turns in flight hold all slots: what is parked could only make room for those that are idle."""
         if self._lower is None or not self._idle:
             return False
-        unused = [session for session in (*self._parked.values(), *self._idle.values()) if not session.busy]
+        unused = self._unused()
         if self._store_first(self._lower, unused):
             return True
-        self.waits = True  # for one of these, or of `_idle` that is busy
+        self.waits = any(self._lower.hurry(session) for session in unused)
         return False
 
-    def _store_first(self, lower: Lower, sessions: Sequence[Session], *, waiting: bool = False) -> bool:
-        """Leave the first of some sessions to the store whose cache it has; False if it has none yet. If it
-        will have none, the first is lost: to compute it anew is better than to serve nobody."""
-        move = "stored"
-        gone = next(
-            (each for each in sessions if lower.keeps(each) and lower.release(each, waiting=waiting)), None
-        )
-        if gone is None:
-            if any(lower.hurry(each) for each in sessions):
-                self.waits = True
-                return False
-            move = "lost"
-            gone = next((each for each in sessions if lower.release(each, waiting=waiting)), None)
-        if gone is not None:
-            self.free(gone)
-            self.moves[move] += 1
-        return gone is not None
+    def _unused(self) -> list[Session]:
+        """The sessions in memory that have no turn, the least recently used first."""
+        return [session for session in (*self._parked.values(), *self._idle.values()) if not session.busy]
+
+    def _store_first(self, lower: Lower, sessions: Sequence[Session], *, held: bool = False) -> bool:
+        """Leave the first of some sessions to the store whose cache that has; False if it has none."""
+        for session in sessions:
+            if lower.keeps(session) and lower.release(session, held=held):
+                self.free(session)
+                self.moves["stored"] += 1
+                return True
+        return False
 
     def _forget(self, session: Session, parked: Tensor) -> None:
         self._parking.forget(parked)

@@ -68,6 +68,7 @@ class FakeTurn:
     held: int = 0
     starved: bool = False
     resident: bool = False
+    stored: bool = False
     replaying: bool = False
     started: float | None = None
     first_token: float | None = None
@@ -111,6 +112,9 @@ class FakeTurn:
             self.memory.held += self.size
         self.held = self.size
         self.started = self.clock.now
+        return True
+
+    def load(self) -> bool:
         return True
 
     def begin_segment(self) -> bool:

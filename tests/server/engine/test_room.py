@@ -145,16 +145,65 @@ def test_nobody_is_refused_for_those_who_wait_behind_him(make: Make) -> None:
     close(engine)
 
 
-@pytest.mark.parametrize("which", ["resident", "stored"])
-def test_forks_need_no_second_slot(make: Make, which: str) -> None:
-    """A pool for one: the fork has its slot, and the session is left to the store."""
+def test_what_runs_is_waited_for_before_anything_is_lost(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store takes nothing just now; a turn that runs will give its slot back."""
+    engine = make(cache_budget=WORKSPACE + 3 * SLOT, parked_budget=0)
+
+    def refuse(*_: object) -> None:
+        raise StoreError("it went away")
+
+    monkeypatch.setattr(archive(engine).shelf._store, "write", refuse)
+    create(engine, "idle")
+    ask(engine, PROMPT, "idle")
+    until(engine, lambda: engine.capacity().store_degraded)
+    runs, waits = (begin(engine, request(PROMPT, max_tokens=count)) for count in (40, 4))
+    run(engine, runs, waits)
+    assert (runs.error, waits.error) == (None, None)
+    assert not engine.moves().get("lost")
+    assert session(engine, "idle").cache is not None
+    engine._journal.close(10)  # type: ignore[union-attr]
+
+
+def test_a_stored_session_s_turn_is_no_longer_for_its_history(make: Make) -> None:
+    """What the scheduler reckons with is what will be computed."""
     engine = make(cache_budget=WORKSPACE + 2 * SLOT, parked_budget=0)
     for id in "ab":
         create(engine, id)
         ask(engine, PROMPT, id)
+    assert session(engine, "a").cache is None
+    begin(engine, request([5, 6, 7], "a"))
+    engine._mailbox.obey(0)
+    (turn,) = engine._scheduler.turns()
+    assert (turn.remaining, turn.cached_tokens) == (4, 165)  # the last of the answer before has no entry yet
+    archive(engine).forget(session(engine, "b"))
+    engine._loop.residency.free(session(engine, "b"))
+    begin(engine, request([5, 6, 7], "b"))
+    engine._mailbox.obey(0)
+    assert engine._scheduler.turns()[-1].remaining == 169, "there is no cache of it"
+    for turn in engine._scheduler.turns():
+        turn.stream.close()
+    step(engine)
+    close(engine)
+
+
+@pytest.mark.parametrize("which", ["resident", "stored", "parked"])
+def test_forks_need_no_second_slot(make: Make, which: str) -> None:
+    """A pool for one: the fork has its slot, and the session is left to the store."""
+    engine = make(cache_budget=WORKSPACE + 2 * SLOT, parked_budget=SLOT if which == "parked" else 0)
+    for id in "ab":
+        create(engine, id)
+        ask(engine, PROMPT, id)
     name = "b" if which == "resident" else "a"
+    if which == "parked":
+        saved(engine, "a", "b")
+        assert session(engine, "a").parked is not None
+        others = [begin(engine, request(PROMPT, "b", max_tokens=200))]
+        step(engine, 3)
+    else:
+        others = []
     forked = engine.keeper.fork("default", name, "c")
     until(engine, forked.done)
+    run(engine, *others)
     assert forked.result(0).turn_count == 1
     assert (session(engine, name).cache, session(engine, "c").cache is None) == (None, False)
     assert not session(engine, name).busy
@@ -187,7 +236,7 @@ def test_a_stored_session_waits_for_its_slot_however_long(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("apiary_server.engine.restorer._PATIENCE", 0.01)
-    monkeypatch.setattr("apiary_server.engine.scheduler._PATIENCE", 0.01)
+    monkeypatch.setattr("apiary_server.worker._PATIENCE", 0.01)
     engine = make(cache_budget=WORKSPACE + 2 * SLOT, parked_budget=0)
     for id in "ab":
         create(engine, id)
@@ -306,7 +355,7 @@ def test_nobody_waits_for_ever_while_others_ask_again_at_once(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pool for three, whose next turns wait already when theirs end, and a fourth."""
-    monkeypatch.setattr("apiary_server.engine.scheduler._PATIENCE", 0.2)
+    monkeypatch.setattr("apiary_server.worker._PATIENCE", 0.2)
     engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=0)
     for id in "abc":
         create(engine, id)

@@ -35,7 +35,7 @@ class Worker:
     ) -> None:
         self.clock, self.memory = Clock(), Memory(memory)
         self.scheduler = Scheduler(
-            step_tokens, max_running, queue_limit, decode_slowdown, weights or {}, self.clock
+            step_tokens, max_running, queue_limit, decode_slowdown, weights or {}, 5.0, self.clock
         )
         self._seconds, self._price = seconds, price
 
@@ -196,18 +196,33 @@ def test_who_waits_for_memory_is_named_and_nobody_overtakes_it() -> None:
 
 def test_where_nothing_runs_those_with_room_overtake_it_for_a_while() -> None:
     worker = Worker(memory=3)  # the reserve, and what one session holds
-    worker.memory.held = 1
+    worker.memory.held, worker.clock.now = 1, 100.0
     blocked, first = worker.add(5), worker.add(5, 1, resident=True)
     assert given(worker.step()) == [(first, 5)]
     worker.memory.held = 1  # its session has it still
-    worker.clock.now = 4.9
+    worker.clock.now = 104.9
     second = worker.add(5, 1, resident=True)
     assert given(worker.step()) == [(second, 5)]
     worker.memory.held = 1
-    worker.clock.now = 5.1
+    worker.clock.now = 105.1
     worker.add(5, 1, resident=True)
     plan = worker.step()
     assert (given(plan), plan.blocked) == ([], blocked)
+
+
+def test_few_are_read_at_once() -> None:
+    """They hold slots meanwhile; those whose sessions are in memory start."""
+    worker = Worker()
+    reading = [worker.add(5, stored=True) for _ in range(6)]
+    for turn in reading:
+        turn.load = lambda turn=turn: turn.started is not None
+        turn.open = lambda: True
+    other = worker.add(6)
+    assert given(worker.step()) == [(other, 6)]
+    assert worker.scheduler.waiting == reading[4:]
+    reading[0].started = worker.clock.now
+    assert reading[0] in [turn for turn, _ in given(worker.step())]
+    assert worker.scheduler.waiting == reading[5:]
 
 
 def test_the_line_is_in_the_order_in_which_turns_would_start() -> None:
