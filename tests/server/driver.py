@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -135,6 +136,16 @@ def step(engine: Engine, count: int = 1) -> None:
     with torch.inference_mode():
         for _ in range(count):
             engine._loop.step()
+
+
+def until(engine: Engine, condition: Callable[[], bool]) -> None:
+    """Step until it is so."""
+    for _ in range(1000):
+        if condition():
+            return
+        wake(engine)
+        step(engine)
+    raise AssertionError("it takes too long")
 
 
 def outcome(engine: Engine, change: Future[_Outcome]) -> _Outcome:

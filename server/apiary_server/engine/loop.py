@@ -75,7 +75,7 @@ class Loop:
         """Queue a turn, and end the one that has to leave for it if the queue is full."""
         leaving = self._scheduler.add(turn)
         if self._mailbox.closed:  # it was on its way to the queue when the engine thread ended
-            self._fail(turn, errors.Draining(f"{_SHUT_DOWN}; the turn was rolled back"))
+            self._cut_short(turn, errors.Draining, _SHUT_DOWN)
             self._hand_over()
         elif leaving is not None:
             self._fail(*leaving)

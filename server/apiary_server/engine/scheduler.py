@@ -222,8 +222,7 @@ class Scheduler:
         Where one waits for room, no other starts; but if nothing runs, it waits for a while for those behind
         it that have room.
         """
-        loading = sum(other.started is None for other in self.running)
-        if turn.stored and loading >= _MOST_LOADING:
+        if turn.stored and sum(other.started is None for other in self.running) >= _MOST_LOADING:
             return False
         if not self._may_start or (plan.blocked is not None and not self._may_overtake(turn, plan.blocked)):
             return False

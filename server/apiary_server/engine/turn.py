@@ -44,9 +44,7 @@ class Turn:
 
     tokens: list[int] = field(init=False)
     prompt_end: int = field(init=False)
-    carried: int = field(
-        init=False
-    )  # of `tokens`, those that earlier turns committed but that are not cached
+    carried: int = field(init=False)  # of `tokens`, those of earlier turns, which are not in the cache
     history: Sequence[tuple[int, bool]] = field(init=False)  # of a cache to rebuild, where its segments end
     rebuild: RebuildReason | None = field(init=False)
 

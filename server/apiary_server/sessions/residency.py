@@ -101,9 +101,10 @@ class Residency:
 
     def seen(self, session: Session) -> int:
         """How many of a session's tokens its cache has, or will have when it was read."""
-        cache, turns = session.cache, 0 if self._lower is None else self._lower.turns(session)
+        cache = session.cache  # once: it may be let go meanwhile
         if cache is not None:
             return cache.seen
+        turns = 0 if self._lower is None else self._lower.turns(session)
         return session.turns[turns - 1].seen if turns else 0
 
     def fetch(self, session: Session) -> Future[Found] | None:
@@ -141,12 +142,10 @@ class Residency:
             return True
         if any(lower.hurry(session) for session in (*idle, *resident)):
             return True
-        for sessions, held in ((idle, False), (resident, True)):
-            for session in sessions:
-                if lower.release(session, held=held):
-                    self.free(session)
-                    self.moves["lost"] += 1
-                    return True
+        if any(self._leave(lower, session, "lost", held=False) for session in idle):
+            return True
+        if any(self._leave(lower, session, "lost", held=True) for session in resident):
+            return True
         return any(session.busy for session in self._idle.values())  # on their way to the queue, or changed
 
     def lease_beside(self, session: Session) -> Lease | None:
@@ -180,10 +179,9 @@ class Residency:
         and `waits` tells whether it will."""
         if self._lower is None or session.cache is None:
             return False
-        if self._lower.keeps(session):
-            return True
-        self.waits |= self._lower.hurry(session)
-        return False
+        kept = self._lower.keeps(session)
+        self.waits |= not kept and self._lower.hurry(session)
+        return kept
 
     def hand_over(self, session: Session, into: Session) -> bool:
         """Give a session another's cache where there is no room for a copy: the other, whose turn the caller
@@ -346,12 +344,17 @@ class Residency:
 
     def _store_first(self, lower: Lower, sessions: Sequence[Session], *, held: bool = False) -> bool:
         """Leave the first of some sessions to the store whose cache that has; False if it has none."""
-        for session in sessions:
-            if lower.keeps(session) and lower.release(session, held=held):
-                self.free(session)
-                self.moves["stored"] += 1
-                return True
-        return False
+        return any(
+            lower.keeps(session) and self._leave(lower, session, "stored", held=held) for session in sessions
+        )
+
+    def _leave(self, lower: Lower, session: Session, move: str, *, held: bool) -> bool:
+        """Have a session's cache in memory no more; False if a turn has begun, unless the caller has it."""
+        if not lower.release(session, held=held):
+            return False
+        self.free(session)
+        self.moves[move] += 1
+        return True
 
     def _forget(self, session: Session, parked: Tensor) -> None:
         self._parking.forget(parked)

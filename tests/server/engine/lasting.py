@@ -9,7 +9,8 @@ import pytest
 
 from apiary_server.engine.engine import Engine
 from apiary_server.sessions.archive import Archive
-from tests.server.driver import session, step
+from apiary_server.sessions.store import StoreError
+from tests.server.driver import session, until
 
 SLOT = 14_080  # bytes of a default session
 WORKSPACE = 86_144
@@ -31,18 +32,26 @@ def close(engine: Engine, *, snapshots: bool = True) -> None:
 
 def saved(engine: Engine, *ids: str) -> None:
     """Step until the sessions have snapshots as they are, and those before are deleted."""
-    for _ in range(400):
-        current = all(archive(engine).shelf.current(session(engine, id)) for id in ids)
-        if current and not archive(engine)._dirty:
-            return
-        engine._mailbox.post(lambda: None)
-        step(engine)
-        threading.Event().wait(0.005)
-    raise AssertionError("no snapshot was made")
+    shelf = archive(engine).shelf
+
+    def done() -> bool:
+        current = all(shelf.current(session(engine, id)) for id in ids)
+        return current and not archive(engine)._dirty
+
+    until(engine, done)
 
 
 def snapshots(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "state" / "snapshots").iterdir())
+
+
+def refuse_writes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the store take no snapshot any more."""
+
+    def refuse(*_: object) -> None:
+        raise StoreError("no space left on device")
+
+    monkeypatch.setattr(archive(engine).shelf._store, "write", refuse)
 
 
 def hang_reads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:

@@ -18,10 +18,30 @@ from apiary_server.engine.engine import Engine
 from apiary_server.sessions.info import RebuildReason, State
 from apiary_server.sessions.request import SessionChange
 from apiary_server.sessions.snapshot import decode
-from apiary_server.sessions.store import StoreError
 from tests import tiny
-from tests.server.driver import Reader, ask, begin, create, outcome, request, same, session, state, step
-from tests.server.engine.lasting import SLOT, WORKSPACE, archive, close, hang_reads, saved, snapshots
+from tests.server.driver import (
+    Reader,
+    ask,
+    begin,
+    create,
+    outcome,
+    request,
+    same,
+    session,
+    state,
+    step,
+    until,
+)
+from tests.server.engine.lasting import (
+    SLOT,
+    WORKSPACE,
+    archive,
+    close,
+    hang_reads,
+    refuse_writes,
+    saved,
+    snapshots,
+)
 
 MakeEngine = Callable[..., Engine]
 Make = Callable[..., Engine]
@@ -336,12 +356,7 @@ def test_a_stored_session_can_be_forked(make: Make, make_engine: MakeEngine) -> 
     close(engine)
     other = make()
     forked = other.keeper.fork("default", "a", "b")
-    for _ in range(100):
-        if forked.done():
-            break
-        threading.Event().wait(0.01)
-        other._mailbox.post(lambda: None)
-        step(other)
+    until(other, forked.done)
     assert forked.result(0).state is State.RESIDENT
     again, through = ask(other, "go on", "b", max_tokens=40), ask(calm, "go on", "a", max_tokens=40)
     assert (again.token_ids, again.usage.rebuild_reason) == (through.token_ids, None)
@@ -399,11 +414,8 @@ def test_a_store_that_is_full_stops_nobody(make: Make, monkeypatch: pytest.Monke
     engine = make()
     create(engine, "a", POLICY)
 
-    def refuse(*_: object) -> None:
-        raise StoreError("no space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(archive(engine).shelf._store, "write", refuse)
+        refuse_writes(engine, patch)
         for _ in range(100):
             ask(engine, "more", "a", max_tokens=2)
             if archive(engine).degraded:
@@ -547,13 +559,7 @@ def test_nobody_who_asks_waits_for_them(make: Make) -> None:
         threading.Event().wait(0.005)
     assert states() == {"a": State.STORED, "b": State.RESIDENT, "c": State.STORED}
     busy = False
-    for _ in range(400):
-        other._mailbox.post(lambda: None)
-        step(other)
-        if set(states().values()) == {State.RESIDENT}:
-            break
-        threading.Event().wait(0.005)
-    assert set(states().values()) == {State.RESIDENT}
+    until(other, lambda: set(states().values()) == {State.RESIDENT})
     close(other)
 
 
@@ -584,12 +590,7 @@ def test_a_stored_cache_is_brought_for_its_map(make: Make) -> None:
     close(engine)
     other = make()
     looked = other.keeper.look("default", "a")
-    for _ in range(400):
-        if looked.done():
-            break
-        other._mailbox.post(lambda: None)
-        step(other)
-        threading.Event().wait(0.005)
+    until(other, looked.done)
     after = looked.result(0)
     assert (after.state, after.tokens) == (State.RESIDENT, before.tokens)
     assert (after.position == before.position).all()

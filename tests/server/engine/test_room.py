@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 from apiary_server import errors
 from apiary_server.engine.engine import Engine
 from apiary_server.sessions.info import RebuildReason, State
-from apiary_server.sessions.store import StoreError
 from tests.server.driver import (
     Reader,
     ask,
@@ -22,9 +20,9 @@ from tests.server.driver import (
     session,
     state,
     step,
-    wake,
+    until,
 )
-from tests.server.engine.lasting import SLOT, WORKSPACE, archive, close, hang_reads, saved
+from tests.server.engine.lasting import SLOT, WORKSPACE, archive, close, hang_reads, refuse_writes, saved
 
 MakeEngine = Callable[..., Engine]
 Make = Callable[..., Engine]
@@ -101,12 +99,7 @@ def test_forks_wait_until_others_are_stored(make: Make) -> None:
     ask(engine, PROMPT, "a")
     for number in range(15):
         forked = engine.keeper.fork("default", "a", f"f{number}")
-        for _ in range(500):
-            if forked.done():
-                break
-            threading.Event().wait(0.01)
-            engine._mailbox.post(lambda: None)
-            step(engine)
+        until(engine, forked.done)
         assert forked.result(0).turn_count == 1
     for id in ("a", *(f"f{number}" for number in range(15))):
         answer = ask(engine, "go on", id, max_tokens=30)
@@ -148,11 +141,7 @@ def test_nobody_is_refused_for_those_who_wait_behind_him(make: Make) -> None:
 def test_what_runs_is_waited_for_before_anything_is_lost(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store takes nothing just now; a turn that runs will give its slot back."""
     engine = make(cache_budget=WORKSPACE + 3 * SLOT, parked_budget=0)
-
-    def refuse(*_: object) -> None:
-        raise StoreError("it went away")
-
-    monkeypatch.setattr(archive(engine).shelf._store, "write", refuse)
+    refuse_writes(engine, monkeypatch)
     create(engine, "idle")
     ask(engine, PROMPT, "idle")
     until(engine, lambda: engine.capacity().store_degraded)
@@ -216,11 +205,7 @@ def test_forks_need_no_second_slot(make: Make, which: str) -> None:
 def test_forks_that_no_store_takes_are_computed_anew(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make(cache_budget=WORKSPACE + 2 * SLOT, parked_budget=0)
     create(engine, "a")
-
-    def refuse(*_: object) -> None:
-        raise StoreError("no space left on device")
-
-    monkeypatch.setattr(archive(engine).shelf._store, "write", refuse)
+    refuse_writes(engine, monkeypatch)
     ask(engine, PROMPT, "a")
     until(engine, lambda: engine.capacity().store_degraded)
     forked = engine.keeper.fork("default", "a", "c")
@@ -250,16 +235,6 @@ def test_a_stored_session_waits_for_its_slot_however_long(
     assert stored.usage.queue_time > 0.05
     assert (stored.usage.rebuild_reason, stored.usage.cached_tokens) == (None, 165)
     close(engine)
-
-
-def until(engine: Engine, condition: Callable[[], bool]) -> None:
-    """Step until it is so."""
-    for _ in range(500):
-        if condition():
-            return
-        wake(engine)
-        step(engine)
-    raise AssertionError("it takes too long")
 
 
 def entangle(engine: Engine, *, max_tokens: int = 8) -> tuple[Reader, Reader]:
@@ -379,11 +354,7 @@ def test_what_no_store_takes_makes_room_all_the_same(
     """The disk and the memory are full: caches are lost and computed anew, rather than turns refused."""
     calm = make_engine(start=False)
     engine = make(cache_budget=WORKSPACE + 4 * SLOT, parked_budget=2 * SLOT)
-
-    def refuse(*_: object) -> None:
-        raise StoreError("no space left on device")
-
-    monkeypatch.setattr(archive(engine).shelf._store, "write", refuse)
+    refuse_writes(engine, monkeypatch)
     ids = [f"s{number}" for number in range(8)]
     reasons = set()
     for each in (calm, engine):
