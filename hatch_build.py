@@ -18,7 +18,7 @@ from packaging.tags import sys_tags
 
 _KERNELS = Path("server/apiary_server/model/backends/cpu")
 _FLAGS = [
-    *("-std=c11", "-O3", "-fPIC", "-fopenmp", "-Wall", "-Wextra"),
+    *("-std=c11", "-O3", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi"),
     # sums may be taken in any order, which lets loops be vectorised; NaN and infinity stay what they are
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
     *("-freciprocal-math", "-ffp-contract=fast"),

@@ -8,9 +8,7 @@
 
 #include <stdlib.h>
 
-enum { LANES = 16, KEYS = 2 * LANES, DOTS = 8, SUMS = 6, WIDTH = 4 * LANES, VALUES = 128, TILE = 16, FLOATS = 1 << 18 };
-
-typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+enum { KEYS = 2 * LANES, DOTS = 8, SUMS = 6, WIDTH = 4 * LANES, VALUES = 128, TILE = 16, FLOATS = 1 << 18 };
 
 /* Strides count elements. The last dimension of all tensors is contiguous. */
 typedef struct {
@@ -79,12 +77,8 @@ INLINE void sums(const int count, const int bfloat16, int64_t first, int64_t end
         for (int p = 0; p < 4; p++) sums[v][p] = *(const Lanes *)(output + v * dim + p * LANES);
     for (int64_t j = first; j < end; j++) {
         Lanes part[4];
-        float wide[WIDTH];
-        if (bfloat16)
-            for (int d = 0; d < WIDTH; d++) wide[d] = element(values, j * dim + channel + d, 1);
-        const float *value = bfloat16 ? wide : (const float *)values + j * dim + channel;
 #pragma GCC unroll 4
-        for (int p = 0; p < 4; p++) part[p] = *(const Lanes *)(value + p * LANES);
+        for (int p = 0; p < 4; p++) part[p] = elements(values, j * dim + channel + p * LANES, bfloat16);
 #pragma GCC unroll 6
         for (int v = 0; v < count; v++)
 #pragma GCC unroll 4
@@ -94,17 +88,6 @@ INLINE void sums(const int count, const int bfloat16, int64_t first, int64_t end
     for (int v = 0; v < count; v++)
 #pragma GCC unroll 4
         for (int p = 0; p < 4; p++) *(Lanes *)(output + v * dim + p * LANES) = sums[v][p];
-}
-
-/* What is left of channels that WIDTH does not divide. */
-INLINE void narrow_sums(int64_t vectors, int bfloat16, int64_t view, int64_t dim, const float *weights, int64_t stride,
-                        const void *values, int64_t first, float *restrict output) {
-    for (int64_t v = 0; v < vectors; v++)
-        for (int64_t d = first; d < dim; d++) {
-            float sum = 0;
-            for (int64_t j = 0; j < view; j++) sum += weights[v * stride + j] * element(values, j * dim + d, bfloat16);
-            output[v * dim + d] = sum;
-        }
 }
 
 /* into: of the tile's tokens the last to which an entry mattered, plus one, or the mass of their weights. */

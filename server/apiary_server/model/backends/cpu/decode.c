@@ -9,7 +9,9 @@
 
 #include <stdlib.h>
 
-enum { GROUP = 4, WIDTH = 64 };
+enum { GROUP = 4, KEYS = 4, PARTS = 4, LINE = 64, AHEAD = 4096 };
+
+typedef float Quad __attribute__((vector_size(KEYS * 4), aligned(4), may_alias));
 
 /* Strides count elements. The last dimension of all tensors is contiguous. */
 typedef struct {
@@ -42,46 +44,89 @@ INLINE void write(const float *restrict from, void *restrict memory, int64_t at,
     }
 }
 
+/* Asks memory for `bytes` of what is read soon. */
+INLINE void ahead(const void *memory, int64_t at, int bytes) {
+    for (int byte = 0; byte < bytes; byte += LINE) __builtin_prefetch((const char *)memory + at + byte + AHEAD, 0, 3);
+}
+
+/* The sum of each vector's lanes: pairs are added, until four lanes belong to four vectors. */
+INLINE Quad across(const Lanes *of) {
+#define EVEN(a, b) __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
+#define ODD(a, b) __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
+    Lanes low = EVEN(of[0], of[1]) + ODD(of[0], of[1]), high = EVEN(of[2], of[3]) + ODD(of[2], of[3]);
+    Lanes all = __builtin_shufflevector(low, high, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                __builtin_shufflevector(low, high, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+#undef EVEN
+#undef ODD
+    return (__builtin_shufflevector(all, all, 0, 1, 2, 3) + __builtin_shufflevector(all, all, 4, 5, 6, 7)) +
+           (__builtin_shufflevector(all, all, 8, 9, 10, 11) + __builtin_shufflevector(all, all, 12, 13, 14, 15));
+}
+
 /* weights[g, j] = queries[g] . keys[j], for `group` heads that share the keys */
-INLINE void dot(int group, int dim, int bfloat16, const float *restrict queries, const void *restrict keys,
-                int64_t entries, float *restrict weights) {
-    for (int64_t j = 0; j < entries; j++) {
-        float sums[GROUP] = {0};
-        for (int g = 0; g < group; g++)
-            for (int d = 0; d < dim; d++) sums[g] += queries[g * dim + d] * element(keys, j * dim + d, bfloat16);
-        for (int g = 0; g < group; g++) weights[g * entries + j] = sums[g];
+INLINE void dot(const int group, const int dim, const int bfloat16, const float *restrict queries,
+                const void *restrict keys, int64_t entries, float *restrict weights) {
+    const int wide = dim / LANES * LANES, size = bfloat16 ? 2 : 4;
+    int64_t j = 0;
+    for (; j + KEYS <= entries; j += KEYS) {
+        Lanes sums[GROUP][KEYS] = {0};
+        ahead(keys, j * dim * size, KEYS * dim * size);
+#pragma GCC unroll 8
+        for (int d = 0; d < wide; d += LANES) {
+            Lanes key[KEYS];
+#pragma GCC unroll 4
+            for (int k = 0; k < KEYS; k++) key[k] = elements(keys, (j + k) * dim + d, bfloat16);
+#pragma GCC unroll 4
+            for (int g = 0; g < group; g++)
+#pragma GCC unroll 4
+                for (int k = 0; k < KEYS; k++) sums[g][k] += *(const Lanes *)(queries + g * dim + d) * key[k];
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < group; g++) *(Quad *)(weights + g * entries + j) = across(sums[g]);
+    }
+    for (int64_t i = wide < dim ? 0 : j; i < entries; i++) { /* the last channels of all keys, all of the last keys */
+        int first = i < j ? wide : 0;
+        for (int g = 0; g < group; g++) {
+            float sum = first ? weights[g * entries + i] : 0;
+            for (int d = first; d < dim; d++) sum += queries[g * dim + d] * element(keys, i * dim + d, bfloat16);
+            weights[g * entries + i] = sum;
+        }
     }
 }
 
-/* output[g, :width] = sum over j of weights[g, j] * values[j, :width] */
-INLINE void combine(int group, int width, int dim, int bfloat16, const float *restrict weights,
+/* output[g, :parts * LANES] = sum over j of weights[g, j] * values[j, first : first + parts * LANES] */
+INLINE void combine(const int group, const int parts, const int dim, const int bfloat16, const float *restrict weights,
                     const void *restrict values, int64_t first, int64_t entries, float *restrict output) {
-    float sums[GROUP * WIDTH] = {0};
-    for (int64_t j = 0; j < entries; j++)
-        for (int g = 0; g < group; g++)
-            for (int d = 0; d < width; d++)
-                sums[g * width + d] += weights[g * entries + j] * element(values, first + j * dim + d, bfloat16);
+    const int size = bfloat16 ? 2 : 4;
+    Lanes sums[GROUP][PARTS] = {0};
+    for (int64_t j = 0; j < entries; j++) {
+        ahead(values, (j * dim + first) * size, parts * LANES * size);
+#pragma GCC unroll 4
+        for (int p = 0; p < parts; p++) {
+            Lanes value = elements(values, j * dim + first + p * LANES, bfloat16);
+#pragma GCC unroll 4
+            for (int g = 0; g < group; g++) sums[g][p] += weights[g * entries + j] * value;
+        }
+    }
+#pragma GCC unroll 4
     for (int g = 0; g < group; g++)
-        for (int d = 0; d < width; d++) output[g * dim + d] = sums[g * width + d];
+#pragma GCC unroll 4
+        for (int p = 0; p < parts; p++) *(Lanes *)(output + g * dim + p * LANES) = sums[g][p];
 }
 
+/* One query head after the other: so the loops are vectorised. */
 INLINE void record(const State *state, int64_t layer, int64_t row, int64_t head, int64_t group, int64_t entries, int64_t seen,
                    const float *restrict weights) {
     int64_t at = layer * state->layer + row * state->row + head * state->head;
     if (state->votes) {
-        int32_t *restrict last = (int32_t *)state->into + at;
-        for (int64_t j = 0; j < entries; j++) {
-            float most = 0;
-            for (int64_t g = 0; g < group; g++) most = fmaxf(most, weights[g * entries + j]);
-            last[j] = most * (float)entries >= 1.0f ? (int32_t)seen : last[j];
-        }
+        int32_t *restrict last = (int32_t *)state->into + at, now = (int32_t)seen;
+        for (int64_t g = 0; g < group; g++)
+            for (int64_t j = 0; j < entries; j++)
+                last[j] = weights[g * entries + j] * (float)entries >= 1.0f ? now : last[j];
     } else {
         float *restrict mass = (float *)state->into + at;
-        for (int64_t j = 0; j < entries; j++) {
-            float sum = 0;
-            for (int64_t g = 0; g < group; g++) sum += weights[g * entries + j];
-            mass[j] = mass[j] * state->decay + sum;
-        }
+        for (int64_t j = 0; j < entries; j++) mass[j] *= state->decay;
+        for (int64_t g = 0; g < group; g++)
+            for (int64_t j = 0; j < entries; j++) mass[j] += weights[g * entries + j];
     }
 }
 
@@ -108,13 +153,14 @@ INLINE void head(int group, int dim, int bfloat16, const Decode *task, int64_t r
     for (int64_t s = 0; s < task->states; s++)
         record(&task->state[s], task->layer, row, head, task->group, entries, task->seen[row], weights);
     int d = 0;
-    for (; d < dim; d += WIDTH) {
-        int width = dim - d < WIDTH ? dim - d : WIDTH;
+    for (int parts; d + LANES <= dim; d += parts * LANES) {
+        parts = dim - d < PARTS * LANES ? (dim - d) / LANES : PARTS;
         for (g = 0; g + group <= task->group; g += group)
-            combine(group, width, dim, bfloat16, weights + g * entries, values, d, entries, output + g * dim + d);
+            combine(group, parts, dim, bfloat16, weights + g * entries, values, d, entries, output + g * dim + d);
         for (; g < task->group; g++)
-            combine(1, width, dim, bfloat16, weights + g * entries, values, d, entries, output + g * dim + d);
+            combine(1, parts, dim, bfloat16, weights + g * entries, values, d, entries, output + g * dim + d);
     }
+    narrow_sums(task->group, bfloat16, entries, dim, weights, entries, values, d, output);
 }
 
 FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *weights) {

@@ -28,7 +28,10 @@ INLINE void block(const int rows, const Linear *task, int64_t first, int64_t col
     for (int64_t k = 0; k < inputs; k++, weights += COLUMNS) {
         __m512 some[VECTORS];
 #pragma GCC unroll 3
-        for (int v = 0; v < VECTORS; v++) some[v] = _mm512_loadu_ps(weights + v * LANES);
+        for (int v = 0; v < VECTORS; v++) {
+            some[v] = _mm512_loadu_ps(weights + v * LANES);
+            _mm_prefetch((const char *)(weights + v * LANES) + AHEAD, _MM_HINT_T0);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             __m512 value = _mm512_set1_ps(input[r * stride + k]);
@@ -62,9 +65,10 @@ TARGET static void columns(const Linear *task, int64_t column, int64_t row, int6
 
 int apiary_float32_supported(void) { return __builtin_cpu_supports("avx512f") != 0; }
 
-/* Returns 0, as it needs no memory. Shares are dealt as they are asked for: the threads that deliver tokens take a processor now and then. */
+/* Returns 0, as it needs no memory. A thread is dealt half of what is its own at first, which it reads in one stream, and less and
+   less as it asks for more: the threads that deliver tokens take a processor now and then. */
 int apiary_float32_linear(const Linear *task) {
-#pragma omp parallel for collapse(2) schedule(dynamic)
+#pragma omp parallel for collapse(2) schedule(guided)
     for (int64_t row = 0; row < task->rows; row += SHARE)
         for (int64_t column = 0; column < task->outputs; column += COLUMNS)
             columns(task, column, row, row + SHARE < task->rows ? row + SHARE : task->rows);

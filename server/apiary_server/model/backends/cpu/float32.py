@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from apiary_server.model.backends.cpu import panels
+from apiary_server.model.backends.cpu.pages import HugePages
 from apiary_server.model.backends.cpu.panels import COLUMNS, Panels
 
 
@@ -21,7 +22,7 @@ class Avx512(Panels):
         OSError: the kernel was not built.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, memory: HugePages | None = None) -> None:
         outputs, inputs = weight.shape
         blocks = pad(weight, (0, 0, 0, -outputs % COLUMNS)).view(-1, COLUMNS, inputs)
-        super().__init__("float32", weight.shape, blocks.transpose(1, 2).contiguous(), bias)
+        super().__init__("float32", weight.shape, blocks.transpose(1, 2), bias, memory)

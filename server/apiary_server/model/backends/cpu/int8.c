@@ -22,8 +22,10 @@ enum { ROWS = 4, DIGITS = 2 };
 /* Digits of one row, `quads` * 4 of each, and its scale. */
 TARGET static float digits(const float *restrict row, int64_t inputs, int64_t quads, uint8_t *restrict high,
                            uint8_t *restrict low) {
-    float most = 1e-12f * 127;
-    for (int64_t k = 0; k < inputs; k++) most = fabsf(row[k]) > most ? fabsf(row[k]) : most;
+    __m512 largest = _mm512_set1_ps(1e-12f * 127);
+    for (int64_t k = 0; k < inputs; k += LANES)
+        largest = _mm512_max_ps(_mm512_abs_ps(_mm512_maskz_loadu_ps(lanes(inputs - k), row + k)), largest);
+    float most = _mm512_reduce_max_ps(largest);
     float scale = most / 127, inverse = 127 / most;
     for (int64_t k = 0; k < inputs; k++) {
         float value = row[k] * inverse, whole = rintf(value);
@@ -46,8 +48,11 @@ INLINE void block(const int rows, const Linear *task, int64_t first, int64_t col
     for (int64_t q = 0; q < quads; q++) {
         __m512i some[VECTORS];
 #pragma GCC unroll 3
-        for (int v = 0; v < VECTORS; v++)
-            some[v] = _mm512_loadu_si512(weights + (q * VECTORS + v) * LANES * 4);
+        for (int v = 0; v < VECTORS; v++) {
+            const int8_t *at = weights + (q * VECTORS + v) * LANES * 4;
+            some[v] = _mm512_loadu_si512(at);
+            _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < rows * DIGITS; r++) {
             __m512i digit = _mm512_set1_epi32(((const int32_t *)codes)[r * quads + q]);
@@ -102,7 +107,7 @@ int apiary_int8_linear(const Linear *task) {
                 uint8_t *high = codes + row * DIGITS * quads * 4;
                 scales[row] = digits(task->input + row * task->input_row, task->inputs, quads, high, high + quads * 4);
             }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided) /* see float32.c */
             for (int64_t column = 0; column < task->outputs; column += COLUMNS)
                 columns(task, column, quads, codes, scales);
         }

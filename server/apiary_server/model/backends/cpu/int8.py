@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from apiary_server.model.backends.cpu import panels
 from apiary_server.model.backends.cpu.linear import quantised
+from apiary_server.model.backends.cpu.pages import HugePages
 from apiary_server.model.backends.cpu.panels import COLUMNS, Panels
 
 _QUAD = 4  # inputs that the kernel takes together
@@ -28,7 +29,7 @@ class Vnni(Panels):
         ValueError: more inputs than its sums can hold.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, memory: HugePages | None = None) -> None:
         outputs, inputs = weight.shape
         if inputs > _INPUTS:
             raise ValueError(f"{inputs} inputs are more than {_INPUTS}")
@@ -39,8 +40,9 @@ class Vnni(Panels):
         super().__init__(
             "int8",
             weight.shape,
-            blocks.transpose(1, 2).contiguous(),
+            blocks.transpose(1, 2),
             bias,
+            memory,
             scales=pad(scales, (0, more)),
             offsets=128 * codes.sum(dim=1, dtype=torch.int32),
         )

@@ -11,6 +11,9 @@
 #define FOR_EACH_PROCESSOR
 #endif
 
+enum { LANES = 16 }; /* floats that are computed with together; narrower processors take several steps */
+typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
 enum { LEAST = -126, MOST = 127 }; /* exponents of normal numbers */
 
 /* 2^x for x of at most MOST, LEAST at the least: Cephes' polynomial of what is left of the exponent, to 2 units in
@@ -53,6 +56,26 @@ INLINE float element(const void *memory, int64_t at, int bfloat16) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+/* LANES elements, the first of them at `at`. */
+INLINE Lanes elements(const void *memory, int64_t at, int bfloat16) {
+    typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+    typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+    if (!bfloat16) return *(const Lanes *)((const float *)memory + at);
+    return (Lanes)(__builtin_convertvector(*(const Halves *)((const uint16_t *)memory + at), Bits) << 16);
+}
+
+/* output[v, first:dim] = sum of weights[v, j] * values[j, first:dim] over j before `view`: for the channels that
+   LANES does not divide. */
+INLINE void narrow_sums(int64_t vectors, int bfloat16, int64_t view, int64_t dim, const float *weights, int64_t stride,
+                        const void *values, int64_t first, float *restrict output) {
+    for (int64_t v = 0; v < vectors; v++)
+        for (int64_t d = first; d < dim; d++) {
+            float sum = 0;
+            for (int64_t j = 0; j < view; j++) sum += weights[v * stride + j] * element(values, j * dim + d, bfloat16);
+            output[v * dim + d] = sum;
+        }
 }
 
 /* Compilers do not vectorise a maximum of floats by themselves, since NaN makes its order matter. */

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import structlog
@@ -15,6 +16,7 @@ from apiary_server.model.backends.cpu import float32, int8, moving
 from apiary_server.model.backends.cpu.attention import Chunk, Decode
 from apiary_server.model.backends.cpu.elementwise import Elementwise
 from apiary_server.model.backends.cpu.linear import Int8, Packed
+from apiary_server.model.backends.cpu.pages import HugePages
 from apiary_server.model.operations import Linear, Norm, Operations
 
 _log = structlog.get_logger(__name__)
@@ -83,11 +85,11 @@ def fastest(weights: Literal["fp32", "int8"]) -> Operations:
 
 
 def _float32() -> Callable[[Tensor, Tensor | None], Linear]:
-    return float32.Avx512 if float32.supported() else Packed
+    return partial(float32.Avx512, memory=HugePages()) if float32.supported() else Packed
 
 
 def _int8() -> Callable[[Tensor, Tensor | None], Linear]:
     if int8.supported():
-        return int8.Vnni
+        return partial(int8.Vnni, memory=HugePages())
     _log.warning("int8 weights run without their kernel, at half the speed: it needs AVX-512 VNNI")
     return Int8

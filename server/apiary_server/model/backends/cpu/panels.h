@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 enum { LANES = 16, VECTORS = 3, COLUMNS = LANES * VECTORS };
+enum { AHEAD = 8192 }; /* bytes: weights are asked of memory so long before they are used */
 
 typedef struct {
     int64_t rows, inputs, outputs;

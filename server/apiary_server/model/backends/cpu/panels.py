@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from apiary_server.model.backends.cpu.library import library
+from apiary_server.model.backends.cpu.pages import HugePages
 
 COLUMNS = 48  # outputs that a kernel takes together
 
@@ -39,8 +40,9 @@ class Panels:
     Args:
         kernel: its name.
         shape: outputs and inputs.
-        weights: the panels, `[outputs / COLUMNS, rounded up, ...]`, contiguous.
+        weights: the panels, `[outputs / COLUMNS, rounded up, ...]`, which are copied.
         bias: float32 `[outputs]`.
+        memory: for the copy; None: memory of its own.
         scales: of weights in eight bits, float32 `[outputs, rounded up]`.
         offsets: of such, int32 `[outputs, rounded up]`.
 
@@ -54,6 +56,7 @@ class Panels:
         shape: torch.Size,
         weights: Tensor,
         bias: Tensor | None,
+        memory: HugePages | None,
         scales: Tensor | None = None,
         offsets: Tensor | None = None,
     ) -> None:
@@ -61,7 +64,8 @@ class Panels:
         self._linear.argtypes, self._linear.restype = [POINTER(_Linear)], c_int
         self._outputs, self._inputs = shape
         more = -self._outputs % COLUMNS
-        self._weights, self._scales, self._offsets = weights, scales, offsets
+        self._weights = (memory or HugePages()).keep(weights)
+        self._scales, self._offsets = scales, offsets
         self._bias = None if bias is None else pad(bias, (0, more))
 
     def __call__(self, rows: Tensor) -> Tensor:
