@@ -65,8 +65,8 @@ TARGET static void columns(const Linear *task, int64_t column, int64_t row, int6
 
 int apiary_float32_supported(void) { return __builtin_cpu_supports("avx512f") != 0; }
 
-/* Returns 0, as it needs no memory. A thread is dealt half of what is its own at first, which it reads in one stream, and less and
-   less as it asks for more: the threads that deliver tokens take a processor now and then. */
+/* Returns 0, as it needs no memory. A thread is dealt its share of what is left each time it asks: long streams of memory at first, and
+   little at the end, since the threads that deliver tokens take a processor now and then. */
 int apiary_float32_linear(const Linear *task) {
 #pragma omp parallel for collapse(2) schedule(guided)
     for (int64_t row = 0; row < task->rows; row += SHARE)
