@@ -14,7 +14,7 @@ from .reading import Reader, Reading, check_same, tokens
 from .worker import Worker
 
 STREAMS = 32
-ANSWER = 96  # tokens
+ANSWER = 400  # tokens: enough for all streams to begin before the first one ends
 STEPS_TO_NOTICE = (
     60  # the others' tokens, while a cancel travels to the worker and its effect back to the test
 )
