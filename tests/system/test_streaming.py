@@ -106,10 +106,10 @@ async def test_32_streams_interleave(swarm: Swarm, client: Client) -> None:
         reading.times[-1] for reading in swarm.readings
     )
     # ... and went on while the others did: between a stream's first and last delta, each other one moved
-    # (how often is this process's affair as well: a busy reader finds many tokens in one delta)
     for one in swarm.readings:
         for other in swarm.readings:
-            assert any(one.times[0] < time < one.times[-1] for time in other.times)
+            inside = [time for time in other.times if one.times[0] < time < one.times[-1]]
+            assert len(inside) > len(other.times) / 4
     await asyncio.to_thread(_check_alone, client, dict(enumerate(swarm.readings)))
 
 
