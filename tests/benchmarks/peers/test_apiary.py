@@ -105,5 +105,5 @@ sys.stdin.read()
 async def test_a_worker_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apiary, "_PROGRAM", "raise SystemExit('no such model')")
     with pytest.raises(EngineError, match="apiary-fp32 ended: no such model"):
-        async with Own("apiary-fp32", "m", "fp32", None, tmp_path).start(WORKLOAD):
+        async with Own("apiary-fp32", "m", {"--weights": "fp32"}, None, tmp_path).start(WORKLOAD):
             pytest.fail("it started")

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from apiary_server.model.backends.cpu import panels
-from apiary_server.model.backends.cpu.linear import quantised
+from apiary_server.model.backends.cpu.linear import quantised, signs
 from apiary_server.model.backends.cpu.pages import HugePages
 from apiary_server.model.backends.cpu.panels import COLUMNS, Panels
 
@@ -45,4 +45,5 @@ class Vnni(Panels):
             memory,
             scales=pad(scales, (0, more)),
             offsets=128 * codes.sum(dim=1, dtype=torch.int32),
+            signs=signs(inputs),
         )

@@ -13,6 +13,7 @@ typedef struct {
     const float *bias;   /* [outputs, rounded up], or NULL */
     float *output;       /* [rows, outputs], contiguous */
     const void *scales, *offsets; /* of weights in eight bits, [outputs, rounded up]; else NULL */
+    const float *signs;           /* of such, [inputs]; else NULL */
 } Linear;
 
 /* Which of LANES outputs there are where so many are left. */

@@ -22,7 +22,7 @@ class _Linear(ctypes.Structure):
         *((name, c_int64) for name in ("rows", "inputs", "outputs")),
         ("input", c_void_p),
         ("input_row", c_int64),
-        *((name, c_void_p) for name in ("weights", "bias", "output", "scales", "offsets")),
+        *((name, c_void_p) for name in ("weights", "bias", "output", "scales", "offsets", "signs")),
     )
 
 
@@ -45,6 +45,7 @@ class Panels:
         memory: for the copy; None: memory of its own.
         scales: of weights in eight bits, float32 `[outputs, rounded up]`.
         offsets: of such, int32 `[outputs, rounded up]`.
+        signs: of such, float32 `[inputs]`.
 
     Raises:
         OSError: the kernel was not built.
@@ -59,13 +60,14 @@ class Panels:
         memory: HugePages | None,
         scales: Tensor | None = None,
         offsets: Tensor | None = None,
+        signs: Tensor | None = None,
     ) -> None:
         self._linear = library(kernel)[f"apiary_{kernel}_linear"]
         self._linear.argtypes, self._linear.restype = [POINTER(_Linear)], c_int
         self._outputs, self._inputs = shape
         more = -self._outputs % COLUMNS
         self._weights = (memory or HugePages()).keep(weights)
-        self._scales, self._offsets = scales, offsets
+        self._scales, self._offsets, self._signs = scales, offsets, signs
         self._bias = None if bias is None else pad(bias, (0, more))
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -83,9 +85,10 @@ class Panels:
             output=output.data_ptr(),
             scales=_address(self._scales),
             offsets=_address(self._offsets),
+            signs=_address(self._signs),
         )
         if self._linear(byref(task)):
-            raise MemoryError(f"no memory for the digits of {len(rows)} rows")
+            raise MemoryError(f"no memory for the codes of {len(rows)} rows")
         return output
 
 

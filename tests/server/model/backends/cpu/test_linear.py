@@ -10,18 +10,18 @@ from torch.nn.functional import linear
 from apiary_server.model.backends.cpu import float32, int8
 from apiary_server.model.backends.cpu.float32 import Avx512
 from apiary_server.model.backends.cpu.int8 import Vnni
-from apiary_server.model.backends.cpu.linear import Int8, Packed
+from apiary_server.model.backends.cpu.linear import Int8, Packed, turned
 from apiary_server.model.decoder import Linear
 
-SHAPES = [(96, 40), (576, 1536), (101, 37)]
+SHAPES = [(96, 48), (576, 1536), (101, 37)]
 needs_avx512 = pytest.mark.skipif(not float32.supported(), reason="this processor has no AVX-512")
 needs_vnni = pytest.mark.skipif(not int8.supported(), reason="this processor has no AVX-512 VNNI")
 AVX512, VNNI = pytest.param(Avx512, marks=needs_avx512), pytest.param(Vnni, marks=needs_vnni)
 PRODUCTS = [
     (Packed, 1e-5),
     pytest.param(Avx512, 1e-5, marks=needs_avx512),
-    (Int8, 1e-2),
-    pytest.param(Vnni, 1e-2, marks=needs_vnni),
+    (Int8, 3e-2),
+    pytest.param(Vnni, 3e-2, marks=needs_vnni),
 ]
 INT8 = [Int8, VNNI]
 
@@ -53,15 +53,40 @@ def test_a_product_is_that_of_the_weights(
         assert float(off.max()) < error
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 13, 37, 40, 64, 576, 1536])
+def test_turned_rows_have_the_products_of_rows(length: int) -> None:
+    some, others = torch.randn(2, 5, length, generator=torch.Generator().manual_seed(0))
+    found, expected = turned(some) @ turned(others).t(), some @ others.t()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [64, 576, 1536, 8960])
+def test_turning_spreads_an_outlier_over_the_row(length: int) -> None:
+    """As evenly as a random rotation, whose largest element is 4 times the root of their mean square."""
+    places = torch.arange(0, length, 7)
+    outliers = torch.zeros(len(places), length).scatter_(1, places[:, None], 1.0)
+    assert float(turned(outliers).abs().max()) < 4 * length**-0.5
+
+
 @pytest.mark.parametrize("make", INT8)
-def test_two_digits_leave_the_weights_as_the_only_error(make: type[Int8 | Vnni]) -> None:
-    """With weights that eight bits hold exactly, what is left is that of 16-bit activations."""
+def test_an_outlier_leaves_the_others_their_precision(make: type[Int8 | Vnni]) -> None:
+    """One that no output asks for, 200 times as large as the others, to which it would leave two bits."""
     shape = SHAPES[1]
-    weight = torch.randint(-126, 127, shape, generator=torch.Generator().manual_seed(0)).float()
-    weight[:, 0] = 127
+    weight, _ = layer(shape)
+    weight[:, 5] = 0
     rows = rows_like(shape, 7)
+    rows[:, 5] = 200
     found, expected = make(weight, None)(rows), linear(rows.double(), weight.double())
-    assert float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 1e-3
+    assert float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 0.06
+
+
+@needs_vnni
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 1000)])
+def test_the_kernel_does_what_torch_does(shape: tuple[int, int]) -> None:
+    weight, bias = layer(shape)
+    rows = rows_like(shape, 75)
+    found, expected = Vnni(weight, bias)(rows), Int8(weight, bias)(rows)
+    assert float((found - expected).norm() / expected.norm()) < 1e-4  # a code at a tie may differ by one
 
 
 @pytest.mark.parametrize("make", [AVX512, *INT8])
@@ -80,8 +105,8 @@ def test_a_row_does_not_depend_on_the_others(
 @pytest.mark.parametrize("make", INT8)
 def test_rows_of_zeros_stay_zero(make: type[Int8 | Vnni]) -> None:
     weight, _ = layer(SHAPES[0])
-    assert not make(weight, None)(torch.zeros(3, 40)).any()
-    assert not make(torch.zeros(96, 40), None)(torch.ones(3, 40)).any()
+    assert not make(weight, None)(torch.zeros(3, 48)).any()
+    assert not make(torch.zeros(96, 48), None)(torch.ones(3, 48)).any()
 
 
 @needs_vnni
@@ -96,5 +121,5 @@ def test_the_largest_sums_fit() -> None:
 def test_rows_may_lie_apart(make: type[Avx512 | Vnni]) -> None:
     weight, bias = layer(SHAPES[0])
     rows = torch.randn(5, 80)
-    for view in (rows[:, 8:48], torch.randn(40, 5).t()):
+    for view in (rows[:, 8:56], torch.randn(48, 5).t()):
         assert torch.equal(make(weight, bias)(view), make(weight, bias)(view.contiguous()))
