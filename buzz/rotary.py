@@ -54,6 +54,17 @@ class Rotary:
         turned = [(first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)]
         return torch.cat([*(part.to(keys.dtype) for part in turned), keys[..., 2 * half :]], dim=-1)
 
+    @property
+    def dim(self) -> int:
+        """How many dimensions are rotated."""
+        return 2 * len(self.inv_freq)
+
+    def turns(self, reach: int) -> Tensor:
+        """Cosines, and behind them sines, that move keys from 0 to each position: float32, `[at least reach,
+        dim]`, on the CPU."""
+        table = self._table(max(reach, 1), torch.float32)
+        return table[len(table) // 2 :]
+
     def _turns(self, delta: Tensor, dtype: torch.dtype) -> Tensor:
         """Cosines, and behind them sines, of the angles: `[..., n, rotary_dim]`.
 
@@ -67,13 +78,18 @@ class Rotary:
         reach = max(-int(least), int(most) + 1)
         if reach > _REACH:
             return self._computed(delta, dtype)
+        table = self._table(reach, dtype)
+        return embedding(delta + len(table) // 2, table)
+
+    def _table(self, reach: int, dtype: torch.dtype) -> Tensor:
+        """`[2 * at least reach, rotary_dim]`: the middle row is that of difference 0."""
         table = self._tables.get(dtype)
         if table is None or len(table) < 2 * reach:
             reach = 1 << (reach - 1).bit_length()
             with torch.inference_mode(False):  # it outlives the caller's mode
                 table = self._computed(torch.arange(-reach, reach), dtype)
             self._tables[dtype] = table
-        return embedding(delta + len(table) // 2, table)
+        return table
 
     def _computed(self, delta: Tensor, dtype: torch.dtype) -> Tensor:
         # a float32 angle of thousands of radians is off by 1e-4; take it wide wherever the device can

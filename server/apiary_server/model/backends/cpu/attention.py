@@ -11,6 +11,7 @@ from torch import Tensor
 from apiary_server.model.attention import ChunkRun, DecodeRun, chunk, decode
 from apiary_server.model.backends.cpu.library import library
 from buzz import MAX_STATES
+from buzz.quant import Packed
 
 _CACHES = (torch.float32, torch.bfloat16)
 
@@ -23,6 +24,23 @@ class _State(ctypes.Structure):
         ("head", c_int64),
         ("votes", c_int64),
         ("decay", c_float),
+    )
+
+
+class _Part(ctypes.Structure):
+    """As in `packed.h`."""
+
+    _fields_ = (("memory", c_void_p), ("layer", c_int64), ("row", c_int64), ("head", c_int64))
+
+
+class _Packed(ctypes.Structure):
+    """As in `packed.h`."""
+
+    _fields_ = (
+        *((name, _Part) for name in ("keys", "values", "key_grids", "value_grids", "channels", "positions")),
+        ("counts", c_void_p),
+        ("turns", c_void_p),
+        *((name, c_int64) for name in ("reach", "bits", "in_cache")),
     )
 
 
@@ -49,6 +67,7 @@ class _Decode(ctypes.Structure):
         ("scale", c_float),
         ("log_n", c_float),
         ("state", _State * MAX_STATES),
+        ("packed", _Packed),
     )
 
 
@@ -85,7 +104,7 @@ class Decode:
         self._attend.argtypes, self._attend.restype = [POINTER(_Decode)], c_int
         self._run: DecodeRun | None = None  # whose layers are computed now
         self._task: _Decode | None = None
-        self._lengths = torch.empty(0)
+        self._lengths = self._counts = self._turns = torch.empty(0)  # which the task points to
 
     def __call__(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
@@ -105,12 +124,7 @@ class Decode:
         task.layer = layer
         task.queries = queries.data_ptr()
         task.output = output.data_ptr()
-        if run.cache.packed is not None and run.cache.packed.most > 0:
-            keys, values = run.cache.extend_each(layer, run.entries, run.most, keys, values)
-            task.keys, task.values = keys.data_ptr(), values.data_ptr()
-            task.cache_layer, task.cache_row, task.cache_head = 0, keys.stride(0), keys.stride(1)
-        else:
-            task.new_keys, task.new_values = keys.data_ptr(), values.data_ptr()
+        task.new_keys, task.new_values = keys.data_ptr(), values.data_ptr()
         if self._attend(byref(task)):
             raise MemoryError(f"no memory for the weights of {run.most} entries")
         return output
@@ -119,9 +133,12 @@ class Decode:
         self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
     ) -> _Decode | None:
         """What is the same in all layers; None: the kernel does not read such tensors."""
-        if not _fit(queries, keys, values, run):
-            return None
         cache = run.cache
+        packed = (
+            _Packed() if cache.packed is None or not cache.packed.most else self._unpacking(cache.packed, run)
+        )
+        if packed is None or not _fit(queries, keys, values, run):
+            return None
         return _Decode(
             rows=len(queries),
             kv_heads=keys.shape[1],
@@ -143,6 +160,31 @@ class Decode:
             scale=scale,
             log_n=run.log_n or 0,
             state=_states(run),
+            packed=packed,
+        )
+
+    def _unpacking(self, packed: Packed, run: DecodeRun) -> _Packed | None:
+        """How packed entries are read; None: the kernel does not read such."""
+        tensors = (*packed.tensors, run.cache.position)
+        if (
+            packed.rotary is None
+            or isinstance(packed.in_cache, Tensor)
+            or not isinstance(packed.count, Tensor)
+        ):
+            return None
+        if packed.rotary.dim != packed.channels.shape[-1] or not all(
+            t[0, 0, 0].is_contiguous() for t in tensors
+        ):
+            return None
+        self._counts = packed.count
+        self._turns = packed.rotary.turns(packed.most if packed.in_cache else int(run.seen.max()))
+        return _Packed(
+            *(_Part(t.data_ptr(), t.stride(1), t.stride(0), t.stride(2)) for t in tensors),
+            counts=self._counts.data_ptr(),
+            turns=self._turns.data_ptr(),
+            reach=len(self._turns),
+            bits=packed.bits,
+            in_cache=packed.in_cache,
         )
 
 

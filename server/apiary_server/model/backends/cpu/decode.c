@@ -1,15 +1,16 @@
 /* Attention of one new token in each of many sessions, one pass over each cache where it lies.
 
    Every pair of a row and a KV head is one piece of work: logits, softmax, what policies record, and the
-   weighted sum of values, while the head's entries are in the processor's cache. Its result depends on
-   nothing outside of its row. Threads are OpenMP's; the symbols come from the library that torch has
+   weighted sum of values, while the head's entries are in the processor's cache. Entries in few bits come first, and
+   are unpacked a tile at a time. The result depends on nothing outside of its row. Threads are OpenMP's; the symbols come from the library that torch has
    loaded, so that both share one pool of threads. */
 
 #include "kernels.h"
+#include "packed.h"
 
 #include <stdlib.h>
 
-enum { GROUP = 4, KEYS = 4, PARTS = 4, LINE = 64, AHEAD = 4096 };
+enum { GROUP = 4, KEYS = 4, PARTS = 4, LINE = 64, AHEAD = 4096, TILE = 32 };
 
 typedef float Quad __attribute__((vector_size(KEYS * 4), aligned(4), may_alias));
 
@@ -18,17 +19,18 @@ typedef struct {
     int64_t layer, rows, kv_heads, group, dim, bfloat16, states;
     const float *queries; /* [rows, kv_heads * group, dim] */
     int64_t query_row;
-    const float *new_keys, *new_values; /* [rows, kv_heads, dim]: to be written as the last entries, or NULL */
+    const float *new_keys, *new_values; /* [rows, kv_heads, dim]: to be written as the last entries */
     int64_t new_key_row, new_value_row;
     void *keys, *values; /* [layers, rows, kv_heads, entries, dim], in any order of the first three */
     int64_t cache_layer, cache_row, cache_head;
-    const int64_t *lengths; /* [rows] */
+    const int64_t *lengths; /* [rows]: entries, the packed ones, which are not in `keys`, included */
     const int64_t *seen;    /* [rows] */
     float *output;          /* [rows, kv_heads * group, dim], contiguous */
     int64_t longest;
     float scale;
     float log_n; /* 0: none */
     State state[MOST_STATES];
+    Packed packed;
 } Decode;
 
 INLINE void write(const float *restrict from, void *restrict memory, int64_t at, int64_t dim, int bfloat16) {
@@ -62,9 +64,9 @@ INLINE Quad across(const Lanes *of) {
            (__builtin_shufflevector(all, all, 8, 9, 10, 11) + __builtin_shufflevector(all, all, 12, 13, 14, 15));
 }
 
-/* weights[g, j] = queries[g] . keys[j], for `group` heads that share the keys */
+/* weights[g, j] = queries[g] . keys[j], for `group` heads that share the keys; weights [group, stride] */
 INLINE void dot(const int group, const int dim, const int bfloat16, const float *restrict queries,
-                const void *restrict keys, int64_t entries, float *restrict weights) {
+                const void *restrict keys, int64_t entries, float *restrict weights, int64_t stride) {
     const int wide = dim / LANES * LANES, size = bfloat16 ? 2 : 4;
     int64_t j = 0;
     for (; j + KEYS <= entries; j += KEYS) {
@@ -81,21 +83,22 @@ INLINE void dot(const int group, const int dim, const int bfloat16, const float 
                 for (int k = 0; k < KEYS; k++) sums[g][k] += *(const Lanes *)(queries + g * dim + d) * key[k];
         }
 #pragma GCC unroll 4
-        for (int g = 0; g < group; g++) *(Quad *)(weights + g * entries + j) = across(sums[g]);
+        for (int g = 0; g < group; g++) *(Quad *)(weights + g * stride + j) = across(sums[g]);
     }
     for (int64_t i = wide < dim ? 0 : j; i < entries; i++) { /* the last channels of all keys, all of the last keys */
         int first = i < j ? wide : 0;
         for (int g = 0; g < group; g++) {
-            float sum = first ? weights[g * entries + i] : 0;
+            float sum = first ? weights[g * stride + i] : 0;
             for (int d = first; d < dim; d++) sum += queries[g * dim + d] * element(keys, i * dim + d, bfloat16);
-            weights[g * entries + i] = sum;
+            weights[g * stride + i] = sum;
         }
     }
 }
 
-/* output[g, :parts * LANES] = sum over j of weights[g, j] * values[j, first : first + parts * LANES] */
+/* output[g, :parts * LANES] += sum over j of weights[g, j] * values[j, first : first + parts * LANES] */
 INLINE void combine(const int group, const int parts, const int dim, const int bfloat16, const float *restrict weights,
-                    const void *restrict values, int64_t first, int64_t entries, float *restrict output) {
+                    int64_t stride, const void *restrict values, int64_t first, int64_t entries,
+                    float *restrict output) {
     const int size = bfloat16 ? 2 : 4;
     Lanes sums[GROUP][PARTS] = {0};
     for (int64_t j = 0; j < entries; j++) {
@@ -104,13 +107,13 @@ INLINE void combine(const int group, const int parts, const int dim, const int b
         for (int p = 0; p < parts; p++) {
             Lanes value = elements(values, j * dim + first + p * LANES, bfloat16);
 #pragma GCC unroll 4
-            for (int g = 0; g < group; g++) sums[g][p] += weights[g * entries + j] * value;
+            for (int g = 0; g < group; g++) sums[g][p] += weights[g * stride + j] * value;
         }
     }
 #pragma GCC unroll 4
     for (int g = 0; g < group; g++)
 #pragma GCC unroll 4
-        for (int p = 0; p < parts; p++) *(Lanes *)(output + g * dim + p * LANES) = sums[g][p];
+        for (int p = 0; p < parts; p++) *(Lanes *)(output + g * dim + p * LANES) += sums[g][p];
 }
 
 /* One query head after the other: so the loops are vectorised. */
@@ -130,52 +133,75 @@ INLINE void record(const State *state, int64_t layer, int64_t row, int64_t head,
     }
 }
 
-/* One KV head of one row, compiled for constants where they are known. */
-INLINE void head(int group, int dim, int bfloat16, const Decode *task, int64_t row, int64_t head,
-                 float *restrict weights) {
-    int64_t entries = task->lengths[row], size = bfloat16 ? 2 : 4;
+/* `dot` of all heads that share the keys. */
+INLINE void dots(const int group, const int dim, const int bfloat16, int64_t heads, const float *queries,
+                 const void *keys, int64_t entries, float *weights, int64_t stride) {
+    int64_t g = 0;
+    for (; g + group <= heads; g += group)
+        dot(group, dim, bfloat16, queries + g * dim, keys, entries, weights + g * stride, stride);
+    for (; g < heads; g++) dot(1, dim, bfloat16, queries + g * dim, keys, entries, weights + g * stride, stride);
+}
+
+/* `combine` of all heads that share the values, and all channels in whole vectors. */
+INLINE void combines(const int group, const int dim, const int bfloat16, int64_t heads, const float *weights,
+                     int64_t stride, const void *values, int64_t entries, float *output) {
+    for (int d = 0, parts; d + LANES <= dim; d += parts * LANES) {
+        parts = dim - d < PARTS * LANES ? (dim - d) / LANES : PARTS;
+        int64_t g = 0;
+        for (; g + group <= heads; g += group)
+            combine(group, parts, dim, bfloat16, weights + g * stride, stride, values, d, entries, output + g * dim + d);
+        for (; g < heads; g++)
+            combine(1, parts, dim, bfloat16, weights + g * stride, stride, values, d, entries, output + g * dim + d);
+    }
+}
+
+/* One KV head of one row, compiled for constants where they are known. `room` is for (TILE + 2) * dim floats. */
+INLINE void head(const int group, const int dim, const int bfloat16, const int bits, const Decode *task, int64_t row,
+                 int64_t head, float *restrict weights, float *restrict room) {
+    int64_t entries = task->lengths[row], packed = bits ? task->packed.counts[row] : 0, dense = entries - packed;
+    int64_t size = bfloat16 ? 2 : 4;
     int64_t cache = (task->layer * task->cache_layer + row * task->cache_row + head * task->cache_head) * size;
     const float *queries = task->queries + row * task->query_row + head * task->group * dim;
     char *keys = (char *)task->keys + cache, *values = (char *)task->values + cache;
     float *output = task->output + (row * task->kv_heads + head) * task->group * dim;
-    float scale = task->scale;
+    float *channels = room + TILE * dim, scale = task->scale;
     if (task->log_n) scale *= fmaxf(1.0f, logf((float)entries) / logf(task->log_n));
-    if (task->new_keys) {
-        int64_t last = (entries - 1) * dim;
-        write(task->new_keys + row * task->new_key_row + head * dim, keys, last, dim, bfloat16);
-        write(task->new_values + row * task->new_value_row + head * dim, values, last, dim, bfloat16);
+    write(task->new_keys + row * task->new_key_row + head * dim, keys, (dense - 1) * dim, dim, bfloat16);
+    write(task->new_values + row * task->new_value_row + head * dim, values, (dense - 1) * dim, dim, bfloat16);
+    if (packed) unpack_channels(dim, &task->packed, task->layer, row, head, channels);
+    for (int64_t first = 0, count; first < packed; first += count) {
+        count = packed - first < TILE ? packed - first : TILE;
+        unpack_keys(dim, bits, &task->packed, task->layer, row, head, first, count, channels, room);
+        dots(group, dim, 0, task->group, queries, room, count, weights + first, entries);
     }
-    int64_t g = 0;
-    for (; g + group <= task->group; g += group)
-        dot(group, dim, bfloat16, queries + g * dim, keys, entries, weights + g * entries);
-    for (; g < task->group; g++) dot(1, dim, bfloat16, queries + g * dim, keys, entries, weights + g * entries);
-    for (g = 0; g < task->group; g++) softmax(weights + g * entries, entries, scale);
+    dots(group, dim, bfloat16, task->group, queries, keys, dense, weights + packed, entries);
+    for (int64_t g = 0; g < task->group; g++) softmax(weights + g * entries, entries, scale);
     for (int64_t s = 0; s < task->states; s++)
         record(&task->state[s], task->layer, row, head, task->group, entries, task->seen[row], weights);
-    int d = 0;
-    for (int parts; d + LANES <= dim; d += parts * LANES) {
-        parts = dim - d < PARTS * LANES ? (dim - d) / LANES : PARTS;
-        for (g = 0; g + group <= task->group; g += group)
-            combine(group, parts, dim, bfloat16, weights + g * entries, values, d, entries, output + g * dim + d);
-        for (; g < task->group; g++)
-            combine(1, parts, dim, bfloat16, weights + g * entries, values, d, entries, output + g * dim + d);
+    memset(output, 0, task->group * dim * sizeof *output);
+    for (int64_t first = 0, count; first < packed; first += count) {
+        count = packed - first < TILE ? packed - first : TILE;
+        unpack_values(dim, bits, &task->packed, task->layer, row, head, first, count, room);
+        combines(group, dim, 0, task->group, weights + first, entries, room, count, output);
     }
-    narrow_sums(task->group, bfloat16, entries, dim, weights, entries, values, d, output);
+    combines(group, dim, bfloat16, task->group, weights + packed, entries, values, dense, output);
+    narrow_sums(task->group, bfloat16, dense, dim, weights, entries, values, dim / LANES * LANES, output);
 }
 
-FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *weights) {
-    int64_t row = item / task->kv_heads, at = item % task->kv_heads;
-#define CASE(GROUP_, DIM_, BFLOAT16_)                                                             \
-    if (group == GROUP_ && task->dim == DIM_ && task->bfloat16 == BFLOAT16_) {                    \
-        head(GROUP_, DIM_, BFLOAT16_, task, row, at, weights);                                    \
-        return;                                                                                   \
-    }
-    int64_t group = task->group < GROUP ? task->group : GROUP;
+FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *weights, float *room) {
+    int64_t row = item / task->kv_heads, at = item % task->kv_heads, group = task->group < GROUP ? task->group : GROUP;
+    int64_t bits = task->packed.counts ? task->packed.bits : 0;
     if (task->group == 6 || task->group == 9) group = 3; /* no remainder */
-    CASE(3, 64, 0) CASE(3, 64, 1) CASE(4, 64, 0) CASE(4, 64, 1) CASE(4, 128, 0) CASE(4, 128, 1)
-    CASE(2, 64, 0) CASE(2, 128, 0) CASE(1, 64, 0) CASE(1, 128, 0)
+#define CASE(GROUP_, DIM_, BFLOAT16_, BITS_)                                                          \
+    if (group == GROUP_ && task->dim == DIM_ && task->bfloat16 == BFLOAT16_ && bits == BITS_) {        \
+        head(GROUP_, DIM_, BFLOAT16_, BITS_, task, row, at, weights, room);                            \
+        return;                                                                                       \
+    }
+    CASE(3, 64, 0, 0) CASE(3, 64, 1, 0) CASE(4, 64, 0, 0) CASE(4, 64, 1, 0) CASE(4, 128, 0, 0) CASE(4, 128, 1, 0)
+    CASE(2, 64, 0, 0) CASE(2, 128, 0, 0) CASE(1, 64, 0, 0) CASE(1, 128, 0, 0)
+    CASE(3, 64, 0, 4) CASE(3, 64, 1, 4) CASE(4, 64, 0, 4) CASE(4, 64, 1, 4) CASE(4, 128, 0, 4) CASE(4, 128, 1, 4)
 #undef CASE
-    head((int)group, (int)task->dim, (int)task->bfloat16, task, row, at, weights);
+    head((int)group, (int)task->dim, (int)task->bfloat16, (int)bits, task, row, at, weights, room);
 }
 
 /* Returns 0, or 1 where there was no memory for the weights. */
@@ -184,11 +210,13 @@ int apiary_attend_decode(const Decode *task) {
 #pragma omp parallel reduction(| : failed)
     {
         float *weights = malloc(sizeof(float) * task->group * task->longest);
-        failed = weights == NULL;
+        float *room = malloc(sizeof(float) * (TILE + 2) * task->dim);
+        failed = weights == NULL || room == NULL;
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < task->rows * task->kv_heads; item++)
-            if (!failed) work(task, item, weights);
+            if (!failed) work(task, item, weights, room);
         free(weights);
+        free(room);
     }
     return failed;
 }

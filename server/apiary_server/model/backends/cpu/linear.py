@@ -75,7 +75,8 @@ def _hadamard(rows: Tensor) -> Tensor:
         left, right = rows.reshape(count, -1, 2, half).unbind(2)
         rows = torch.stack((left + right, left - right), dim=2)
         half *= 2
-    return rows.reshape(count, length) * length**-0.5
+    result: Tensor = rows.reshape(count, length) * length**-0.5
+    return result
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:

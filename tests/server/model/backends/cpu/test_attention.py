@@ -11,7 +11,8 @@ from torch import Tensor
 
 from apiary_server.model.attention import ChunkRun, DecodeRun, chunk, decode
 from apiary_server.model.backends.cpu.attention import Chunk, Decode
-from buzz import Buffers, State
+from buzz import Buffers, Rotary, State
+from buzz.quant import Packed
 
 LAYERS, CAPACITY = 2, 170
 LENGTHS = [1, 2, 17, CAPACITY - 1]  # before the new entry
@@ -84,6 +85,60 @@ def test_it_does_what_torch_operations_do(
             beyond = state[row, layer, :, length + 1 :]
             assert torch.equal(beyond, before.state[name][row, layer, :, length + 1 :])
             assert torch.equal(state[:, 0], before.state[name][:, 0]), "another layer was touched"
+
+
+def in_few_bits(before: Buffers, bits: int, in_cache: bool) -> Buffers:
+    """The same memory behind entries that are packed, of which each row has another number."""
+    rows, layers, heads, _, dim = before.keys.shape
+    counts, room = torch.tensor([0, 1, 32, 69]), 80
+    each = [Packed.empty(layers, heads, room, dim, bits, "cpu") for _ in range(rows)]
+    for one, count in zip(each, counts.tolist(), strict=True):
+        for name in ("key_grid", "value_grid", "channels"):
+            getattr(one, name).fill_(math.nan)
+        for layer in range(layers):
+            keys, values = torch.randn(2, heads, count, dim) * torch.linspace(0, 9, dim)
+            if count:
+                one.measure(layer, keys)
+                one.write(layer, 0, keys, values)
+    packed = Packed(*(torch.stack(of) for of in zip(*(one.tensors for one in each), strict=True)))
+    packed = packed.using(counts, int(counts.max()), Rotary.of(dim, 2048), in_cache)
+    shape = (rows, layers, heads, CAPACITY + room)
+    position = torch.randint(100, shape, dtype=torch.int32)
+    state = {name: torch.randint(50, shape).to(state.dtype) for name, state in before.state.items()}
+    return replace(before, packed=packed, position=position, state=state)
+
+
+@pytest.mark.parametrize("dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("in_cache", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_entries_are_read_as_torch_operations_do(
+    dim: int, bits: int, in_cache: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    shape, states = (8, 2, dim), (MASS, VOTES)
+    queries, keys, values = heads_of(shape)
+    before = in_few_bits(memory(*shape[1:], dtype, states), bits, in_cache)
+    ours, theirs = copy(before), copy(before)
+    assert before.packed is not None
+    counts = torch.as_tensor(before.packed.count)
+    lengths = torch.tensor(LENGTHS) + counts
+    most = int(lengths.max()) + 1
+
+    def run(cache: Buffers) -> DecodeRun:
+        return DecodeRun(slice(0, 4), cache, lengths, 100 + lengths, most, states, None)
+
+    found = Decode()(1, queries, keys, values, dim**-0.5, run(ours))
+    expected = decode(1, queries, keys, values, dim**-0.5, run(theirs))
+    near = 1e-4 if dtype == torch.float32 else 0.05  # torch rounds what was packed to the cache's dtype
+    torch.testing.assert_close(found, expected, rtol=near, atol=near * float(expected.abs().max()))
+    assert torch.equal(ours.keys.nan_to_num(7), theirs.keys.nan_to_num(7))
+    for row, length in enumerate(lengths.tolist()):
+        mass, twin = (t.state["mass"][row, 1, :, : length + 1] for t in (ours, theirs))
+        torch.testing.assert_close(mass, twin, rtol=near, atol=near)
+        assert torch.equal(
+            ours.state["mass"][row, 1, :, length + 1 :], before.state["mass"][row, 1, :, length + 1 :]
+        )
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
