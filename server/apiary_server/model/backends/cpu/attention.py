@@ -14,6 +14,7 @@ from buzz import MAX_STATES
 from buzz.quant import Packed
 
 _CACHES = (torch.float32, torch.bfloat16)
+_LANES = 16  # bytes of codes that are unpacked together
 
 
 class _State(ctypes.Structure):
@@ -172,9 +173,9 @@ class Decode:
             or not isinstance(packed.count, Tensor)
         ):
             return None
-        if packed.rotary.dim != packed.channels.shape[-1] or not all(
-            t[0, 0, 0].is_contiguous() for t in tensors
-        ):
+        if packed.rotary.dim != packed.channels.shape[-1] or packed.key_codes.shape[-1] % _LANES:
+            return None
+        if not all(tensor[0, 0, 0].is_contiguous() for tensor in tensors):
             return None
         self._counts = packed.count
         self._turns = packed.rotary.turns(packed.most if packed.in_cache else int(run.seen.max()))

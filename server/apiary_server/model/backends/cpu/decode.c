@@ -10,7 +10,7 @@
 
 #include <stdlib.h>
 
-enum { GROUP = 4, KEYS = 4, PARTS = 4, LINE = 64, AHEAD = 4096, TILE = 32 };
+enum { GROUP = 4, KEYS = 4, PARTS = 4, LINE = 64, AHEAD = 4096, TILE = 32, ROOM = 2 * TILE };
 
 typedef float Quad __attribute__((vector_size(KEYS * 4), aligned(4), may_alias));
 
@@ -133,18 +133,21 @@ INLINE void record(const State *state, int64_t layer, int64_t row, int64_t head,
     }
 }
 
-/* `dot` of all heads that share the keys. */
-INLINE void dots(const int group, const int dim, const int bfloat16, int64_t heads, const float *queries,
-                 const void *keys, int64_t entries, float *weights, int64_t stride) {
+/* Compiled for constants where they are known. */
+#define FOR_EACH_SHAPE                                                                                     \
+    CASE(3, 64, 0) CASE(3, 64, 1) CASE(4, 64, 0) CASE(4, 64, 1) CASE(4, 128, 0) CASE(4, 128, 1)            \
+    CASE(2, 64, 0) CASE(2, 128, 0) CASE(1, 64, 0) CASE(1, 128, 0)
+
+INLINE void dots_of(const int group, const int dim, const int bfloat16, int64_t heads, const float *queries,
+                    const void *keys, int64_t entries, float *weights, int64_t stride) {
     int64_t g = 0;
     for (; g + group <= heads; g += group)
         dot(group, dim, bfloat16, queries + g * dim, keys, entries, weights + g * stride, stride);
     for (; g < heads; g++) dot(1, dim, bfloat16, queries + g * dim, keys, entries, weights + g * stride, stride);
 }
 
-/* `combine` of all heads that share the values, and all channels in whole vectors. */
-INLINE void combines(const int group, const int dim, const int bfloat16, int64_t heads, const float *weights,
-                     int64_t stride, const void *values, int64_t entries, float *output) {
+INLINE void combine_of(const int group, const int dim, const int bfloat16, int64_t heads, const float *weights,
+                       int64_t stride, const void *values, int64_t entries, float *output) {
     for (int d = 0, parts; d + LANES <= dim; d += parts * LANES) {
         parts = dim - d < PARTS * LANES ? (dim - d) / LANES : PARTS;
         int64_t g = 0;
@@ -155,53 +158,70 @@ INLINE void combines(const int group, const int dim, const int bfloat16, int64_t
     }
 }
 
-/* One KV head of one row, compiled for constants where they are known. `room` is for (TILE + 2) * dim floats. */
-INLINE void head(const int group, const int dim, const int bfloat16, const int bits, const Decode *task, int64_t row,
-                 int64_t head, float *restrict weights, float *restrict room) {
-    int64_t entries = task->lengths[row], packed = bits ? task->packed.counts[row] : 0, dense = entries - packed;
-    int64_t size = bfloat16 ? 2 : 4;
-    int64_t cache = (task->layer * task->cache_layer + row * task->cache_row + head * task->cache_head) * size;
-    const float *queries = task->queries + row * task->query_row + head * task->group * dim;
-    char *keys = (char *)task->keys + cache, *values = (char *)task->values + cache;
-    float *output = task->output + (row * task->kv_heads + head) * task->group * dim;
-    float *channels = room + TILE * dim, scale = task->scale;
-    if (task->log_n) scale *= fmaxf(1.0f, logf((float)entries) / logf(task->log_n));
-    write(task->new_keys + row * task->new_key_row + head * dim, keys, (dense - 1) * dim, dim, bfloat16);
-    write(task->new_values + row * task->new_value_row + head * dim, values, (dense - 1) * dim, dim, bfloat16);
-    if (packed) unpack_channels(dim, &task->packed, task->layer, row, head, channels);
-    for (int64_t first = 0, count; first < packed; first += count) {
-        count = packed - first < TILE ? packed - first : TILE;
-        unpack_keys(dim, bits, &task->packed, task->layer, row, head, first, count, channels, room);
-        dots(group, dim, 0, task->group, queries, room, count, weights + first, entries);
-    }
-    dots(group, dim, bfloat16, task->group, queries, keys, dense, weights + packed, entries);
-    for (int64_t g = 0; g < task->group; g++) softmax(weights + g * entries, entries, scale);
-    for (int64_t s = 0; s < task->states; s++)
-        record(&task->state[s], task->layer, row, head, task->group, entries, task->seen[row], weights);
-    memset(output, 0, task->group * dim * sizeof *output);
-    for (int64_t first = 0, count; first < packed; first += count) {
-        count = packed - first < TILE ? packed - first : TILE;
-        unpack_values(dim, bits, &task->packed, task->layer, row, head, first, count, room);
-        combines(group, dim, 0, task->group, weights + first, entries, room, count, output);
-    }
-    combines(group, dim, bfloat16, task->group, weights + packed, entries, values, dense, output);
-    narrow_sums(task->group, bfloat16, dense, dim, weights, entries, values, dim / LANES * LANES, output);
+/* How many query heads are computed together. */
+INLINE int together(int64_t heads) {
+    if (heads == 6 || heads == 9) return 3; /* no remainder */
+    return heads < GROUP ? (int)heads : GROUP;
 }
 
-FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *weights, float *room) {
-    int64_t row = item / task->kv_heads, at = item % task->kv_heads, group = task->group < GROUP ? task->group : GROUP;
-    int64_t bits = task->packed.counts ? task->packed.bits : 0;
-    if (task->group == 6 || task->group == 9) group = 3; /* no remainder */
-#define CASE(GROUP_, DIM_, BFLOAT16_, BITS_)                                                          \
-    if (group == GROUP_ && task->dim == DIM_ && task->bfloat16 == BFLOAT16_ && bits == BITS_) {        \
-        head(GROUP_, DIM_, BFLOAT16_, BITS_, task, row, at, weights, room);                            \
-        return;                                                                                       \
+/* `dot` of all heads that share the keys. */
+FOR_EACH_PROCESSOR static void dots(int64_t heads, int64_t dim, int64_t bfloat16, const float *queries,
+                                    const void *keys, int64_t entries, float *weights, int64_t stride) {
+    const int group = together(heads);
+#define CASE(GROUP_, DIM_, BFLOAT16_)                                                                      \
+    if (group == GROUP_ && dim == DIM_ && bfloat16 == BFLOAT16_) {                                         \
+        dots_of(GROUP_, DIM_, BFLOAT16_, heads, queries, keys, entries, weights, stride);                  \
+        return;                                                                                            \
     }
-    CASE(3, 64, 0, 0) CASE(3, 64, 1, 0) CASE(4, 64, 0, 0) CASE(4, 64, 1, 0) CASE(4, 128, 0, 0) CASE(4, 128, 1, 0)
-    CASE(2, 64, 0, 0) CASE(2, 128, 0, 0) CASE(1, 64, 0, 0) CASE(1, 128, 0, 0)
-    CASE(3, 64, 0, 4) CASE(3, 64, 1, 4) CASE(4, 64, 0, 4) CASE(4, 64, 1, 4) CASE(4, 128, 0, 4) CASE(4, 128, 1, 4)
+    FOR_EACH_SHAPE
 #undef CASE
-    head((int)group, (int)task->dim, (int)task->bfloat16, (int)bits, task, row, at, weights, room);
+    dots_of(group, (int)dim, (int)bfloat16, heads, queries, keys, entries, weights, stride);
+}
+
+/* `combine` of all heads that share the values, in the channels that are whole vectors. */
+FOR_EACH_PROCESSOR static void combines(int64_t heads, int64_t dim, int64_t bfloat16, const float *weights,
+                                        int64_t stride, const void *values, int64_t entries, float *output) {
+    const int group = together(heads);
+#define CASE(GROUP_, DIM_, BFLOAT16_)                                                                      \
+    if (group == GROUP_ && dim == DIM_ && bfloat16 == BFLOAT16_) {                                         \
+        combine_of(GROUP_, DIM_, BFLOAT16_, heads, weights, stride, values, entries, output);              \
+        return;                                                                                            \
+    }
+    FOR_EACH_SHAPE
+#undef CASE
+    combine_of(group, (int)dim, (int)bfloat16, heads, weights, stride, values, entries, output);
+}
+
+/* One KV head of one row. `room` is for ROOM * dim floats. */
+FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *restrict weights, float *restrict room) {
+    int64_t row = item / task->kv_heads, head = item % task->kv_heads, layer = task->layer, group = task->group;
+    int64_t dim = task->dim, bfloat16 = task->bfloat16, size = bfloat16 ? 2 : 4;
+    int64_t entries = task->lengths[row], packed = task->packed.counts ? task->packed.counts[row] : 0;
+    int64_t dense = entries - packed;
+    int64_t cache = (layer * task->cache_layer + row * task->cache_row + head * task->cache_head) * size;
+    const float *queries = task->queries + row * task->query_row + head * group * dim;
+    char *keys = (char *)task->keys + cache, *values = (char *)task->values + cache;
+    float *output = task->output + (row * task->kv_heads + head) * group * dim, scale = task->scale;
+    if (task->log_n) scale *= fmaxf(1.0f, logf((float)entries) / logf(task->log_n));
+    write(task->new_keys + row * task->new_key_row + head * dim, keys, (dense - 1) * dim, dim, (int)bfloat16);
+    write(task->new_values + row * task->new_value_row + head * dim, values, (dense - 1) * dim, dim, (int)bfloat16);
+    for (int64_t first = 0, count; first < packed; first += count) {
+        count = packed - first < TILE ? packed - first : TILE;
+        unpack_keys(dim, &task->packed, layer, row, head, first, count, room + TILE * dim, room);
+        dots(group, dim, 0, queries, room, count, weights + first, entries);
+    }
+    dots(group, dim, bfloat16, queries, keys, dense, weights + packed, entries);
+    for (int64_t g = 0; g < group; g++) softmax(weights + g * entries, entries, scale);
+    for (int64_t s = 0; s < task->states; s++)
+        record(&task->state[s], layer, row, head, group, entries, task->seen[row], weights);
+    memset(output, 0, group * dim * sizeof *output);
+    for (int64_t first = 0, count; first < packed; first += count) {
+        count = packed - first < TILE ? packed - first : TILE;
+        unpack_values(dim, &task->packed, layer, row, head, first, count, room + TILE * dim, room);
+        combines(group, dim, 0, weights + first, entries, room, count, output);
+    }
+    combines(group, dim, bfloat16, weights + packed, entries, values, dense, output);
+    narrow_sums(group, (int)bfloat16, dense, dim, weights, entries, values, dim / LANES * LANES, output);
 }
 
 /* Returns 0, or 1 where there was no memory for the weights. */
@@ -210,7 +230,7 @@ int apiary_attend_decode(const Decode *task) {
 #pragma omp parallel reduction(| : failed)
     {
         float *weights = malloc(sizeof(float) * task->group * task->longest);
-        float *room = malloc(sizeof(float) * (TILE + 2) * task->dim);
+        float *room = malloc(sizeof(float) * ROOM * task->dim);
         failed = weights == NULL || room == NULL;
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < task->rows * task->kv_heads; item++)

@@ -26,69 +26,86 @@ INLINE float half(uint16_t bits) {
     return value * 0x1p112f;
 }
 
-/* One entry. A byte has channels that are far apart, so that a run of bytes has a run of channels. */
-INLINE void unpack(const int dim, const int bits, const int run, const uint8_t *restrict codes,
-                   const uint16_t *restrict grid, float *restrict into) {
-    const int width = dim * bits / 8;
-    for (int c = 0; c < dim; c += run) {
-        const uint8_t *some = codes + c % width;
-        const int shift = c / width * bits;
-        float low = half(grid[c / CHANNELS * 2]), step = half(grid[c / CHANNELS * 2 + 1]);
-        for (int i = 0; i < run; i++) into[c + i] = (float)(some[i] >> shift & ((1 << bits) - 1)) * step + low;
-    }
+INLINE void halves(const uint16_t *restrict from, int64_t count, float *restrict into) {
+    for (int64_t i = 0; i < count; i++) into[i] = half(from[i]);
 }
 
-INLINE void unpack_all(const int dim, const int bits, const uint8_t *codes, const uint16_t *grids, int64_t count,
-                       float *into) {
-    const int width = dim * bits / 8;
-    for (int64_t j = 0; j < count; j++) {
-        const uint8_t *some = codes + j * width;
-        const uint16_t *grid = grids + j * (dim / CHANNELS * 2);
-        if (width % 32 == 0)
-            unpack(dim, bits, 32, some, grid, into + j * dim);
-        else if (width % 16 == 0)
-            unpack(dim, bits, 16, some, grid, into + j * dim);
-        else
-            unpack(dim, bits, 8, some, grid, into + j * dim);
-    }
+/* LANES channels of one entry, from `c` on. A byte has channels that are far apart, so that neighbours are in
+   neighbouring bytes. */
+INLINE Lanes unpack(const int dim, const int bits, const uint8_t *restrict codes, const float *restrict grid, int c) {
+    const int width = dim * bits / 8, shift = c / width * bits;
+    float levels[LANES];
+    for (int i = 0; i < LANES; i++) levels[i] = (float)(codes[c % width + i] >> shift & ((1 << bits) - 1));
+    return *(const Lanes *)levels * grid[c / CHANNELS * 2 + 1] + grid[c / CHANNELS * 2];
 }
 
 /* Where a layer, row and head of a tensor with elements of `size` bytes begin. */
-INLINE const char *begin(const Part *part, int64_t layer, int64_t row, int64_t head, int64_t size) {
+INLINE const void *begin(const Part *part, int64_t layer, int64_t row, int64_t head, int64_t size) {
     return (const char *)part->memory + (layer * part->layer + row * part->row + head * part->head) * size;
 }
 
-INLINE void unpack_values(const int dim, const int bits, const Packed *packed, int64_t layer, int64_t row, int64_t head,
-                          int64_t first, int64_t count, float *restrict into) {
-    const uint8_t *codes = (const uint8_t *)begin(&packed->values, layer, row, head, 1);
-    const uint16_t *grids = (const uint16_t *)begin(&packed->value_grids, layer, row, head, 2);
-    unpack_all(dim, bits, codes + first * (dim * bits / 8), grids + first * (dim / CHANNELS * 2), count, into);
+INLINE void values_of(const int dim, const int bits, const Packed *packed, int64_t layer, int64_t row, int64_t head,
+                      int64_t first, int64_t count, float *restrict grids, float *restrict into) {
+    const int width = dim * bits / 8, grid = dim / CHANNELS * 2;
+    const uint8_t *codes = (const uint8_t *)begin(&packed->values, layer, row, head, 1) + first * width;
+    halves((const uint16_t *)begin(&packed->value_grids, layer, row, head, 2) + first * grid, count * grid, grids);
+    for (int64_t j = 0; j < count; j++)
+#pragma GCC unroll 8
+        for (int c = 0; c < dim; c += LANES)
+            *(Lanes *)(into + j * dim + c) = unpack(dim, bits, codes + j * width, grids + j * grid, c);
 }
 
-/* A head's `channels`, as floats. */
-INLINE void unpack_channels(const int dim, const Packed *packed, int64_t layer, int64_t row, int64_t head,
-                            float *restrict into) {
-    const uint16_t *channels = (const uint16_t *)begin(&packed->channels, layer, row, head, 2);
-    for (int c = 0; c < 2 * dim; c++) into[c] = half(channels[c]);
-}
-
-/* Keys, rotated. `channels` is what `unpack_channels` found. */
-INLINE void unpack_keys(const int dim, const int bits, const Packed *packed, int64_t layer, int64_t row, int64_t head,
-                        int64_t first, int64_t count, const float *restrict channels, float *restrict into) {
-    const uint8_t *codes = (const uint8_t *)begin(&packed->keys, layer, row, head, 1);
-    const uint16_t *grids = (const uint16_t *)begin(&packed->key_grids, layer, row, head, 2);
-    const int32_t *positions = (const int32_t *)begin(&packed->positions, layer, row, head, 4);
-    const int rotated = dim / 2;
-    unpack_all(dim, bits, codes + first * (dim * bits / 8), grids + first * (dim / CHANNELS * 2), count, into);
+INLINE void keys_of(const int dim, const int bits, const Packed *packed, int64_t layer, int64_t row, int64_t head,
+                    int64_t first, int64_t count, float *restrict grids, float *restrict into) {
+    const int width = dim * bits / 8, grid = dim / CHANNELS * 2, rotated = dim / 2;
+    const uint8_t *codes = (const uint8_t *)begin(&packed->keys, layer, row, head, 1) + first * width;
+    const int32_t *positions = (const int32_t *)begin(&packed->positions, layer, row, head, 4) + first;
+    halves((const uint16_t *)begin(&packed->key_grids, layer, row, head, 2) + first * grid, count * grid, grids);
+    float *channels = grids + count * grid;
+    halves(begin(&packed->channels, layer, row, head, 2), 2 * dim, channels);
+#define AT(FLOATS) (*(const Lanes *)(FLOATS))
     for (int64_t j = 0; j < count; j++) {
-        float *restrict key = into + j * dim;
-        uint64_t at = packed->in_cache ? (uint64_t)(first + j) : (uint32_t)positions[first + j];
-        const float *restrict turn = packed->turns + (at < (uint64_t)packed->reach ? at : 0) * dim;
-        for (int c = 0; c < rotated; c++) {
-            float left = key[c] * channels[dim + c] + channels[c];
-            float right = key[rotated + c] * channels[dim + rotated + c] + channels[rotated + c];
-            key[c] = left * turn[c] - right * turn[rotated + c];
-            key[rotated + c] = right * turn[c] + left * turn[rotated + c];
+        uint64_t at = packed->in_cache ? (uint64_t)(first + j) : (uint32_t)positions[j];
+        const float *turn = packed->turns + (at < (uint64_t)packed->reach ? at : 0) * dim;
+#pragma GCC unroll 8
+        for (int c = 0; c < rotated; c += LANES) {
+            Lanes left = unpack(dim, bits, codes + j * width, grids + j * grid, c);
+            Lanes right = unpack(dim, bits, codes + j * width, grids + j * grid, rotated + c);
+            left = left * AT(channels + dim + c) + AT(channels + c);
+            right = right * AT(channels + dim + rotated + c) + AT(channels + rotated + c);
+            Lanes cosine = AT(turn + c), sine = AT(turn + rotated + c);
+            *(Lanes *)(into + j * dim + c) = left * cosine - right * sine;
+            *(Lanes *)(into + j * dim + rotated + c) = right * cosine + left * sine;
         }
     }
+#undef AT
+}
+
+/* Compiled for constants where they are known. */
+#define FOR_EACH_PACKING CASE(64, 4) CASE(128, 4) CASE(64, 2) CASE(128, 2)
+
+/* Values [first, first + count) of a head into float [count, dim]; `room` is as large, and at least float [4, dim]. */
+FOR_EACH_PROCESSOR static void unpack_values(int64_t dim, const Packed *packed, int64_t layer, int64_t row, int64_t head,
+                                             int64_t first, int64_t count, float *room, float *into) {
+#define CASE(DIM_, BITS_)                                                                    \
+    if (dim == DIM_ && packed->bits == BITS_) {                                              \
+        values_of(DIM_, BITS_, packed, layer, row, head, first, count, room, into);          \
+        return;                                                                              \
+    }
+    FOR_EACH_PACKING
+#undef CASE
+    values_of((int)dim, (int)packed->bits, packed, layer, row, head, first, count, room, into);
+}
+
+/* The same of keys, rotated. */
+FOR_EACH_PROCESSOR static void unpack_keys(int64_t dim, const Packed *packed, int64_t layer, int64_t row, int64_t head,
+                                           int64_t first, int64_t count, float *room, float *into) {
+#define CASE(DIM_, BITS_)                                                                    \
+    if (dim == DIM_ && packed->bits == BITS_) {                                              \
+        keys_of(DIM_, BITS_, packed, layer, row, head, first, count, room, into);            \
+        return;                                                                              \
+    }
+    FOR_EACH_PACKING
+#undef CASE
+    keys_of((int)dim, (int)packed->bits, packed, layer, row, head, first, count, room, into);
 }
