@@ -184,16 +184,20 @@ class Buffers:
         self.values[layer, :, first:last] = values
         return self.read(layer, start + keys.shape[-2])
 
-    def read(self, layer: int, n: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values of a session's first `n` entries: `[H, n, head_dim]` in `dtype`, by default
-        the memory's. Where nothing is packed or converted they are views."""
+    def read(
+        self, layer: int | slice, n: int, dtype: torch.dtype | None = None, start: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values of a session's entries `[start, n)`: `[..., H, n - start, head_dim]` of a
+        layer, or of some, in `dtype`, by default the memory's. Where nothing is packed or converted they are
+        views."""
         dtype = dtype or self.keys.dtype
         packed = 0 if self.packed is None else self.packed.most
-        keys, values = (t[layer, :, : n - packed].to(dtype) for t in (self.keys, self.values))
-        if self.packed is None or not packed:
+        dense = slice(max(0, start - packed), n - packed)
+        keys, values = (t[layer][..., dense, :].to(dtype) for t in (self.keys, self.values))
+        if self.packed is None or start >= packed:
             return keys, values
         wide = torch.promote_types(dtype, torch.float32)
-        first_keys, first_values = self.packed.read(layer, self.position, wide)
+        first_keys, first_values = self.packed.read(layer, self.position, wide, start)
         return torch.cat([first_keys.to(dtype), keys], -2), torch.cat([first_values.to(dtype), values], -2)
 
     def extend_each(

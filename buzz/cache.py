@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from buzz.attention import Record
 from buzz.buffers import Buffers
 from buzz.compaction import compact, due
-from buzz.moving import Move
+from buzz.moving import Move, layers
 from buzz.policy import Compaction, Policy, View
 from buzz.rotary import Rotary
 
@@ -284,13 +283,14 @@ class Cache:
         return compact(self.policy, View(self.sampled, self.seen, buffers.position[:, :, :n], state, norm))
 
     def _value_norm(self) -> Tensor:
-        """`[L, H, n]`, at least float32: squares overflow float16. What is packed is read a layer at a time,
-        as in moving."""
+        """`[L, H, n]`, at least float32: squares overflow float16. What is packed is read a few layers at a
+        time, as in moving."""
         live, n, wide = self.live, self.n, torch.promote_types(self.buffers.keys.dtype, torch.float32)
-        layers: Iterable[Tensor] = [live.values[:, :, :n]]
-        if self.packed:
-            layers = (live.read(layer, n, self._wide)[1][None] for layer in range(len(live.values)))
-        return torch.cat([torch.linalg.vector_norm(values, dim=-1, dtype=wide) for values in layers])
+        norms = [torch.linalg.vector_norm(live.values[:, :, : n - self.packed], dim=-1, dtype=wide)]
+        if live.packed is not None and self.packed:
+            parts = (live.packed.values(some, self._wide) for some in layers(len(live.values), n))
+            norms.insert(0, torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=wide) for part in parts]))
+        return torch.cat(norms, dim=-1)
 
     def _move(self, target: Buffers, packed: int, outcome: Compaction | None = None) -> None:
         """Write the entries, or the survivors of `outcome`, to `target`, the first of them packed."""

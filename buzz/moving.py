@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +13,14 @@ from buzz.merging import merged
 from buzz.policy import Compaction
 from buzz.rotary import Rotary
 
+_TOGETHER = 4096  # entries of a head, in all layers that are moved at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
     """Where a session's entries are, and where they go.
 
-    One layer is moved at a time, so that temporary memory stays a layer's.
+    A few layers are moved at a time, so that temporary memory stays small.
 
     Attributes:
         source: where they are: a cache's `live` buffers.
@@ -52,15 +55,17 @@ class Move:
             target.copy_from(source, self.n, self.before)
         elif elsewhere:
             target.copy_records(source, self.n if outcome is None else 0)
-        layers = range(len(target.keys))
         if outcome is not None and outcome.merge is None and not (self.before or self.after):
             self._keep(outcome.index)
         elif not stays:
-            for layer in layers:
-                self._write(layer, 0, *self._survivors(layer))
+            codes = self._codes()
+            for some in layers(len(target.keys), self.n - codes):
+                survivors = self._survivors(some, codes)
+                self._keep_codes(some, codes)
+                self._write(some, codes, *survivors)
         elif self.after > self.before:
-            for layer in layers:
-                self._write(layer, self.before, *self._unpacked(layer))
+            for some in layers(len(target.keys), self.n - self.before):
+                self._write(some, self.before, *self._unpacked(some))
         if outcome is not None:
             for name, kept in outcome.state.items():
                 target.state[name][:, :, : outcome.index.shape[-1]] = kept
@@ -78,40 +83,60 @@ class Move:
             live = keys[:, :count]
             live.copy_(self.rotary.rotate(live.to(self.dtype), place - past))
 
-    def _unpacked(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _unpacked(self, some: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of the keys and values that are not packed, and where the keys are."""
         target, dense = self.target, slice(0, self.n - self.before)
-        keys, values = (t[layer, :, dense].to(self.dtype, copy=True) for t in (target.keys, target.values))
-        return keys, values, self._places(target.position[layer, :, : self.n])[..., self.before :]
+        keys, values = (t[some, :, dense].to(self.dtype, copy=True) for t in (target.keys, target.values))
+        return keys, values, self._places(target.position[some, :, : self.n])[..., self.before :]
 
-    def _survivors(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """All keys at their new positions and values, and where the keys are; writes original positions."""
-        keys, values = self.source.read(layer, self.n, self.dtype)
-        position = self.source.position[layer, :, : self.n]
-        place = self._places(position)
+    def _codes(self) -> int:
+        """How many survivors of every head, the first ones, keep their codes: they are and stay packed."""
+        if self.outcome is None or self.outcome.merge is not None or not (self.before and self.after):
+            return 0
+        packed = (self.outcome.index < self.before).sum(dim=-1)
+        return min(self.after, _least(packed))
+
+    def _keep_codes(self, some: slice, count: int) -> None:
+        """Move the codes of the first survivors, without a look at what they mean."""
+        source, target = self.source.packed, self.target.packed
+        if source is None or target is None or self.outcome is None or not count:
+            return
+        index = self.outcome.index[some, :, :count]
+        for codes, into in zip(source.entries, target.entries, strict=True):
+            keep(_entries(codes[some]), _entries(into[some]), index)
+
+    def _survivors(self, some: slice, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys at their new positions and values of the survivors from `start` on, and where the keys are;
+        writes the original positions of all."""
+        position = self.source.position[some, :, : self.n]
         if self.outcome is None:
-            return keys, values, place
-        index = self.outcome.index[layer]
+            return *self.source.read(some, self.n, self.dtype), self._places(position)
+        index = self.outcome.index[some]
+        kept = index[..., start:]
         if self.outcome.merge is None:
-            keys, values = _select(keys, index), _select(values, index)
+            first = _least(kept) if kept.numel() else self.n
+            keys, values = self.source.read(some, self.n, self.dtype, first)
+            keys, values = _select(keys, kept - first), _select(values, kept - first)
         else:
-            merge = self.outcome.merge[layer]
-            keys, values = merged(keys, values, place.expand_as(merge), index, merge, self.rotary)
+            merge = self.outcome.merge[some]
+            keys, values = self.source.read(some, self.n, self.dtype)
+            place = self._places(position).expand_as(merge)
+            keys, values = merged(keys, values, place, index, merge, self.rotary)
         position = position.gather(-1, index)
-        self.target.position[layer, :, : index.shape[-1]] = position
-        place = self._places(position)
-        return self.rotary.rotate(keys, place - index) if self.in_cache else keys, values, place
+        self.target.position[some, :, : index.shape[-1]] = position
+        place = self._places(position)[..., start:]
+        return self.rotary.rotate(keys, place - kept) if self.in_cache else keys, values, place
 
-    def _write(self, layer: int, start: int, keys: Tensor, values: Tensor, place: Tensor) -> None:
+    def _write(self, some: slice, start: int, keys: Tensor, values: Tensor, place: Tensor) -> None:
         """Write entries from `start` on, which are rotated to `place`."""
         target, count, all_of_them = self.target, self.after - start, keys.shape[-2]
         if target.packed is not None and count:
             if not self.measured:
-                target.packed.measure(layer, self.rotary.rotate(keys, -place))
-            unrotated = self.rotary.rotate(keys[:, :count], -place[..., :count])
-            target.packed.write(layer, start, unrotated, values[:, :count])
-        target.keys[layer, :, : all_of_them - count] = keys[:, count:]
-        target.values[layer, :, : all_of_them - count] = values[:, count:]
+                target.packed.measure(some, self.rotary.rotate(keys, -place))
+            unrotated = self.rotary.rotate(keys[..., :count, :], -place[..., :count])
+            target.packed.write(some, start, unrotated, values[..., :count, :])
+        target.keys[some, :, : all_of_them - count] = keys[..., count:, :]
+        target.values[some, :, : all_of_them - count] = values[..., count:, :]
 
     def _places(self, position: Tensor) -> Tensor:
         """The positions to which the keys of entries `[H, n]` at these original ones are rotated."""
@@ -120,17 +145,36 @@ class Move:
         return torch.arange(position.shape[-1], device=position.device)
 
 
+def layers(count: int, entries: int) -> Iterator[slice]:
+    """Of so many layers those that are worked on together: more, the fewer entries each head has."""
+    step = max(1, _TOGETHER // max(1, entries))
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
+
+
+def _least(numbers: Tensor) -> int:
+    return int(numbers.min())
+
+
+def _entries(tensor: Tensor) -> Tensor:
+    return tensor.view(*tensor.shape[:3], -1)
+
+
 def _select(entries: Tensor, index: Tensor) -> Tensor:
-    """Of `[H, n, ...]` the entries `index` `[H, m]`; head by head, since that is twice as fast."""
-    selected = entries.new_empty(*index.shape, *entries.shape[2:])
-    for head, kept, into in zip(entries, index, selected, strict=True):
-        torch.index_select(head, 0, kept, out=into)
+    """Of `[L, H, n, ...]` the entries `index` `[L, H, m]`."""
+    selected = entries.new_empty(*index.shape, *entries.shape[3:])
+    keep(entries, selected, index)
     return selected
 
 
 def _keep(source: Tensor, target: Tensor, index: Tensor) -> None:
-    for entries, kept, into in zip(source, index, target, strict=True):
-        into[:, : kept.shape[-1]] = _select(entries, kept)
+    """Head by head, since that is twice as fast; through other memory, since the target may be the source."""
+    count = index.shape[-1]
+    for entries, kept, into in zip(*map(_heads, (source, index, target)), strict=True):
+        into[:count] = torch.index_select(entries, 0, kept)
+
+
+def _heads(tensor: Tensor) -> Iterator[Tensor]:
+    return (head for layer in tensor for head in layer)
 
 
 _operators = torch.library.Library("buzz", "DEF")

@@ -45,9 +45,11 @@ def pack(entries: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     step = ((groups.amax(dim=-1) - low) / levels).clamp(0, _LARGEST).half()
     wide_low, wide_step = (t.to(entries.dtype).unsqueeze(-1) for t in (low, step))
     codes = ((groups - wide_low) / wide_step).nan_to_num(0).round_().clamp_(0, levels)  # a step may be 0
-    planes = codes.flatten(-2).to(torch.uint8).unflatten(-1, (8 // bits, -1))
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=entries.device).unsqueeze(-1)
-    return (planes << shifts).sum(dim=-2, dtype=torch.uint8), torch.stack([low, step], dim=-1)
+    planes = codes.flatten(-2).to(torch.uint8).unflatten(-1, (8 // bits, -1)).unbind(dim=-2)
+    packed = planes[0].clone()
+    for i, plane in enumerate(planes[1:], 1):
+        packed |= plane << i * bits
+    return packed, torch.stack([low, step], dim=-1)
 
 
 def unpack(codes: Tensor, grid: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,27 +161,36 @@ class Packed:
         """The same memory with other entries in use."""
         return replace(self, count=count, most=most, rotary=rotary, in_cache=in_cache)
 
+    @property
+    def entries(self) -> tuple[Tensor, ...]:
+        """What each entry has of the memory: codes and grids."""
+        return self.tensors[:-1]
+
     def copy_from(self, source: Packed, count: int) -> None:
         """Copy the first `count` entries."""
-        for mine, theirs in zip(self.tensors[:-1], source.tensors[:-1], strict=True):
+        for mine, theirs in zip(self.entries, source.entries, strict=True):
             mine[:, :, :count] = theirs[:, :, :count]
 
-    def measure(self, layer: int, keys: Tensor) -> None:
-        """Set a layer's channel ranges to those of unrotated keys `[H, n, head_dim]`."""
+    def measure(self, layer: int | slice, keys: Tensor) -> None:
+        """Set the channel ranges of a layer, or of some, to those of unrotated keys `[..., H, n, dim]`."""
         least, most = keys.amin(dim=-2), keys.amax(dim=-2)
         ranges = torch.stack([(least + most) / 2, ((most - least) / 2).clamp(min=_FLAT)], dim=-2)
         self.channels[layer] = ranges.clamp(-_LARGEST, _LARGEST)
 
-    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Quantise unrotated keys and values `[H, n, head_dim]` as entries `[start, start + n)`."""
+    def write(self, layer: int | slice, start: int, keys: Tensor, values: Tensor) -> None:
+        """Quantise unrotated keys and values `[..., H, n, head_dim]` of a layer, or of some, as entries
+        `[start, start + n)`."""
         centre, half = self.channels[layer].to(keys.dtype).unsqueeze(-2).unbind(dim=-3)
         place = slice(start, start + keys.shape[-2])
         scaled = (keys - centre) / half
         self.key_codes[layer, :, place], self.key_grid[layer, :, place] = pack(scaled, self.bits)
         self.value_codes[layer, :, place], self.value_grid[layer, :, place] = pack(values, self.bits)
 
-    def read(self, layer: int, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys, rotated, and values of a layer's first `most` entries: `[..., H, most, head_dim]` in `dtype`.
+    def read(
+        self, layer: int | slice, position: Tensor, dtype: torch.dtype, start: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values of entries `[start, most)` of a layer, or of some, in `dtype`: `[..., H,
+        most - start, head_dim]`.
 
         Of a session that has fewer in use, the others are finite and mean nothing.
 
@@ -187,25 +198,38 @@ class Packed:
             layer: which.
             position: integer `[..., L, H, n]`, n at least `most`: the entries' original positions.
             dtype: at least float32.
+            start: the first of the entries.
         """
         if self.rotary is None:
             raise ValueError("nothing is packed here")
-        batched = isinstance(self.count, Tensor)
-        at = (slice(None), layer) if batched else (layer,)
-        codes = [tensor[*at, :, : self.most] for tensor in (self.key_codes, self.value_codes)]
-        grids = [tensor[*at, :, : self.most] for tensor in (self.key_grid, self.value_grid)]
-        channels = self.channels[at]
-        if isinstance(self.count, Tensor):  # beyond it there may be anything, NaN included
-            live = torch.arange(self.most, device=position.device) < self.count.unsqueeze(-1)
-            grids = [grid.where(live[:, None, :, None, None], 0) for grid in grids]
+        at = self._at(layer)
+        keys, channels = self._unpacked(self.key_codes, self.key_grid, layer, dtype, start), self.channels[at]
+        if isinstance(self.count, Tensor):  # as with grids
             channels = channels.where((self.count > 0).view(-1, 1, 1, 1), 0)
-        keys, values = (unpack(code, grid, dtype) for code, grid in zip(codes, grids, strict=True))
         centre, half = channels.to(dtype).unsqueeze(-2).unbind(dim=-3)
-        place = position[*at, :, : self.most]
+        place = position[*at, :, start : self.most]
         if self.in_cache is not False:
-            index = torch.arange(self.most, device=position.device)
+            index = torch.arange(start, self.most, device=position.device)
             place = index if self.in_cache is True else index.where(self.in_cache.view(-1, 1, 1), place)
-        return self.rotary.rotate(keys.mul_(half).add_(centre), place), values
+        return self.rotary.rotate(keys.mul_(half).add_(centre), place), self.values(layer, dtype, start)
+
+    def values(self, layer: int | slice, dtype: torch.dtype, start: int = 0) -> Tensor:
+        """As `read`, without the keys."""
+        return self._unpacked(self.value_codes, self.value_grid, layer, dtype, start)
+
+    def _unpacked(
+        self, codes: Tensor, grid: Tensor, layer: int | slice, dtype: torch.dtype, start: int
+    ) -> Tensor:
+        at = self._at(layer)
+        codes, grid = (tensor[*at, :, start : self.most] for tensor in (codes, grid))
+        if isinstance(self.count, Tensor):  # beyond it there may be anything, NaN included
+            live = torch.arange(start, self.most, device=grid.device) < self.count.unsqueeze(-1)
+            grid = grid.where(live[:, None, :, None, None], 0)
+        return unpack(codes, grid, dtype)
+
+    def _at(self, layer: int | slice) -> tuple[int | slice, ...]:
+        """Where a layer, or some, are in the memory of one session or of several."""
+        return (slice(None), layer) if isinstance(self.count, Tensor) else (layer,)
 
     def join(
         self, layer: int, position: Tensor, most: int, keys: Tensor, values: Tensor

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from buzz import Buffers, Cache, Policy, PolicyError, Rotary, attend_chunk, parse
+from buzz.moving import Move
 from buzz.quant import BLOCK, GROUP, Packed, pack, unpack
 from tests.buzz.driver import Driver, Shape, segments
 
@@ -191,6 +192,28 @@ def test_what_was_quantised_keeps_its_codes_for_ever(spec: str) -> None:
     print(held, compared)
     assert held == compared
     assert session.cache.rotated_in_cache == (session.policy.evicts or "original" not in spec)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_moving_codes_is_reading_and_quantising_again(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick, slow = (Session(parse(spec).resolve(1000)) for _ in range(2))
+    codes = Move._codes
+    moved = 0
+    for cuts in segments(seed=4, steps=60, longest=60):
+        if not quick.policy.evicts and quick.cache.n + sum(cuts) > quick.policy.bound:
+            break
+        moved += quick.cache.packed > 0
+        quick.segment(cuts)
+        monkeypatch.setattr(Move, "_codes", lambda _: 0)
+        slow.segment(cuts)
+        monkeypatch.setattr(Move, "_codes", codes)
+        assert quick.cache.packed == slow.cache.packed
+        n, live, twin = quick.cache.n, quick.cache.live, slow.cache.live
+        assert torch.equal(live.position[..., :n], twin.position[..., :n])
+        for layer in range(len(live.keys)):
+            for mine, theirs in zip(live.read(layer, n), twin.read(layer, n), strict=True):
+                assert torch.equal(mine, theirs)
+    assert moved > 5
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if "elastic" not in spec])
