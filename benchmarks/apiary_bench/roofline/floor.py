@@ -130,7 +130,7 @@ def operations(model: Model, policy: Policy, load: Load) -> Iterator[Operation]:
     """The operations of one decoding step in which every row asks for logits.
 
     - Linear layers: the weights in the precision in which they are stored, with their scales and bias; rows
-      in and out; each activation multiplied once, though int8 takes two products (decision 9).
+      in and out; each activation multiplied once.
     - Attention, of each layer: keys and values read, quantised ones with their minima and steps; new ones
       written; queries and outputs.
     - Scores, of each layer: each state of each entry read and written.
