@@ -116,8 +116,10 @@ class Decode:
             MemoryError: there is none for one head's weights.
         """
         if run is not self._run:
-            self._run, self._lengths = run, run.entries + 1
+            self._run, self._task = None, None  # should there be no memory for what follows
+            self._lengths = run.entries + 1
             self._task = self._prepared(queries, keys, values, scale, run)
+            self._run = run
         task = self._task
         if task is None:
             return decode(layer, queries, keys, values, scale, run)

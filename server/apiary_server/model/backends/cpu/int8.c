@@ -66,9 +66,13 @@ TARGET static float encode(const Linear *task, const float *restrict row, int64_
     memcpy(room, row, task->inputs * sizeof *room);
     turn(room, task->inputs, task->signs);
     __m512 largest = _mm512_set1_ps(1e-12f * 127);
-    for (int64_t k = 0; k < quads * 4; k += LANES)
-        largest = _mm512_max_ps(_mm512_abs_ps(_mm512_maskz_loadu_ps(lanes(quads * 4 - k), room + k)), largest);
-    float most = _mm512_reduce_max_ps(largest);
+    __mmask16 none = 0; /* which are no numbers */
+    for (int64_t k = 0; k < quads * 4; k += LANES) {
+        __m512 some = _mm512_maskz_loadu_ps(lanes(quads * 4 - k), room + k);
+        largest = _mm512_max_ps(_mm512_abs_ps(some), largest);
+        none |= _mm512_cmp_ps_mask(some, some, _CMP_UNORD_Q);
+    }
+    float most = none ? NAN : _mm512_reduce_max_ps(largest);
     __m512 inverse = _mm512_set1_ps(127 / most);
     for (int64_t k = 0; k < quads * 4; k += LANES) {
         __mmask16 mask = lanes(quads * 4 - k);
@@ -137,20 +141,28 @@ TARGET static void columns(const Linear *task, int64_t column, int64_t quads, co
 
 int apiary_int8_supported(void) { return __builtin_cpu_supports("avx512vnni") != 0; }
 
+/* `linear.turned`, in place: rows float [count, inputs]. */
+TARGET void apiary_int8_turn(float *rows, int64_t count, int64_t inputs, const float *signs) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < count; row++) turn(rows + row * inputs, inputs, signs);
+}
+
 /* Returns 0, or 1 where there was no memory for the codes. */
 int apiary_int8_linear(const Linear *task) {
     int64_t quads = (task->inputs + 3) / 4;
     uint8_t *codes = malloc(task->rows * quads * 4);
     float *scales = malloc(task->rows * sizeof *scales);
-    float *room = malloc(task->rows * quads * 4 * sizeof *room);
-    int failed = codes == NULL || scales == NULL || room == NULL;
+    int failed = codes == NULL || scales == NULL;
     if (!failed) {
-#pragma omp parallel
+#pragma omp parallel reduction(| : failed)
         {
+            float *room = malloc(quads * 4 * sizeof *room);
+            failed = room == NULL;
 #pragma omp for
             for (int64_t row = 0; row < task->rows; row++)
-                scales[row] = encode(task, task->input + row * task->input_row, quads, room + row * quads * 4,
-                                     codes + row * quads * 4);
+                if (!failed)
+                    scales[row] = encode(task, task->input + row * task->input_row, quads, room, codes + row * quads * 4);
+            free(room);
 #pragma omp for schedule(guided) /* see float32.c */
             for (int64_t column = 0; column < task->outputs; column += COLUMNS)
                 columns(task, column, quads, codes, scales);
@@ -158,7 +170,6 @@ int apiary_int8_linear(const Linear *task) {
     }
     free(codes);
     free(scales);
-    free(room);
     return failed;
 }
 #else

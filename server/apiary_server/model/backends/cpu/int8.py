@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from ctypes import c_int64, c_void_p
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from apiary_server.model.backends.cpu import panels
+from apiary_server.model.backends.cpu.library import library
 from apiary_server.model.backends.cpu.linear import quantised, signs
 from apiary_server.model.backends.cpu.pages import HugePages
 from apiary_server.model.backends.cpu.panels import COLUMNS, Panels
@@ -33,7 +36,8 @@ class Vnni(Panels):
         outputs, inputs = weight.shape
         if inputs > _INPUTS:
             raise ValueError(f"{inputs} inputs are more than {_INPUTS}")
-        codes, scales = quantised(weight)
+        flips = signs(inputs)
+        codes, scales = quantised(_turned(weight, flips))
         more = -outputs % COLUMNS
         codes = pad(codes, (0, -inputs % _QUAD, 0, more))
         blocks = codes.view(-1, COLUMNS, codes.shape[1] // _QUAD, _QUAD)
@@ -45,5 +49,14 @@ class Vnni(Panels):
             memory,
             scales=pad(scales, (0, more)),
             offsets=128 * codes.sum(dim=1, dtype=torch.int32),
-            signs=signs(inputs),
+            signs=flips,
         )
+
+
+def _turned(weight: Tensor, flips: Tensor) -> Tensor:
+    """As `linear.turned`, by the kernel."""
+    turn = library("int8").apiary_int8_turn
+    turn.argtypes, turn.restype = [c_void_p, c_int64, c_int64, c_void_p], None
+    weight = weight.float().clone(memory_format=torch.contiguous_format)
+    turn(weight.data_ptr(), *weight.shape, flips.data_ptr())
+    return weight

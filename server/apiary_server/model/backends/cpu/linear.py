@@ -30,7 +30,7 @@ class Int8:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        codes, self._scale = quantised(weight)
+        codes, self._scale = quantised(torch.cat([turned(some) for some in weight.split(_ROWS)]))
         self._codes = codes.t()
         self._bias = bias
 
@@ -72,7 +72,7 @@ def _hadamard(rows: Tensor) -> Tensor:
     count, length = rows.shape
     half = 1
     while half < length:
-        left, right = rows.reshape(count, -1, 2, half).unbind(2)
+        left, right = rows.reshape(count, length // (2 * half), 2, half).unbind(2)
         rows = torch.stack((left + right, left - right), dim=2)
         half *= 2
     result: Tensor = rows.reshape(count, length) * length**-0.5
@@ -80,7 +80,6 @@ def _hadamard(rows: Tensor) -> Tensor:
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 `[out, in]` of a weight that is `turned`, and one scale per output channel, `[out]`."""
-    weight = turned(weight)
+    """Codes int8 `[out, in]` of a weight that was `turned`, and one scale per output channel, `[out]`."""
     scale = weight.abs().amax(dim=1).clamp_(min=_LEAST) / 127
     return (weight / scale[:, None]).round_().to(torch.int8), scale

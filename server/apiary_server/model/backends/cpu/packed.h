@@ -18,12 +18,12 @@ typedef struct {
     int64_t reach, bits, in_cache; /* in_cache: an entry's index is its position */
 } Packed;
 
-/* Minima and steps, which are finite. */
+/* A float16. It may be no number, which an infinity is taken for: neither is written. */
 INLINE float half(uint16_t bits) {
     uint32_t wide = (uint32_t)(bits & 0x8000) << 16 | (uint32_t)(bits & 0x7fff) << 13;
     float value;
     memcpy(&value, &wide, sizeof value);
-    return value * 0x1p112f;
+    return (bits & 0x7c00) == 0x7c00 ? NAN : value * 0x1p112f;
 }
 
 INLINE void halves(const uint16_t *restrict from, int64_t count, float *restrict into) {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -100,6 +101,30 @@ def test_a_row_does_not_depend_on_the_others(
     for count in (1, 2, 3, 4, 5, 6, 7, 17, 40):
         assert torch.equal(product(rows[:count]), together[:count])
         assert torch.equal(product(rows[-count:]), together[-count:])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("make", "_"), PRODUCTS)
+def test_there_may_be_no_rows(
+    make: Callable[[Tensor, Tensor | None], Linear], _: float, shape: tuple[int, int]
+) -> None:
+    """As in the last layer of a step in which no row asks for logits."""
+    weight, bias = layer(shape)
+    assert make(weight, bias)(torch.empty(0, shape[1])).shape == (0, shape[0])
+
+
+@pytest.mark.parametrize("make", INT8)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_stays_none(make: type[Int8 | Vnni], shape: tuple[int, int], odd: float) -> None:
+    weight, bias = layer(shape)
+    rows = rows_like(shape, 9)
+    found = make(weight, bias)(rows)
+    rows[4, 3] = odd
+    other = make(weight, bias)(rows)
+    assert other[4].isnan().all()
+    others = [row for row in range(9) if row != 4]
+    assert torch.equal(other[others], found[others])
 
 
 @pytest.mark.parametrize("make", INT8)
