@@ -92,12 +92,12 @@ print("apiary: ready on 127.0.0.1:7 (model m)", flush=True)
 sys.stdin.read()
 """
     monkeypatch.setattr(apiary, "_PROGRAM", program)
-    own = Own("apiary-int8", "m", "int8", None, tmp_path)
+    own = Own("apiary-int8", "m", {"--weights": "int8", "--cache-dtype": "bfloat16"}, None, tmp_path)
     async with own.start(workload(replace(LOAD, sessions=100))) as engine:
         memory = engine.memory()
         assert memory is None or memory > 0
     assert " ".join(arguments.read_text().split()[1:]) == (
-        "--listen 127.0.0.1:0 --model m --weights int8 --cache-budget 1073741824 --parked-budget 0 "
+        "--listen 127.0.0.1:0 --model m --weights int8 --cache-dtype bfloat16 --cache-budget 1073741824 --parked-budget 0 "
         "--max-running 100 --log-level warning"
     )
 

@@ -115,7 +115,9 @@ def test_engines_that_differ_in_settings_share_an_environment(
 
 
 def test_an_unknown_engine_is_refused_with_those_that_there_are(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="no engine gpt5: choose among apiary-fp32, apiary-int8, vllm"):
+    with pytest.raises(
+        SettingsError, match="no engine gpt5: choose among apiary-fp32, apiary-int8, apiary-fp32-bf16"
+    ):
         peers("vllm", "gpt5", model=model, root=tmp_path)
 
 
