@@ -97,8 +97,8 @@ sys.stdin.read()
         memory = engine.memory()
         assert memory is None or memory > 0
     assert " ".join(arguments.read_text().split()[1:]) == (
-        "--listen 127.0.0.1:0 --model m --weights int8 --cache-dtype bfloat16 --cache-budget 1073741824 --parked-budget 0 "
-        "--max-running 100 --log-level warning"
+        "--listen 127.0.0.1:0 --model m --weights int8 --cache-dtype bfloat16 --cache-budget 1073741824 "
+        "--parked-budget 0 --max-running 100 --log-level warning"
     )
 
 
