@@ -26,7 +26,7 @@ class Rotary:
 
     inv_freq: Tensor
     max_positions: int
-    _tables: dict[torch.dtype | str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _tables: dict[tuple[torch.dtype, bool], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -62,11 +62,7 @@ class Rotary:
     def turns(self, reach: int) -> Tensor:
         """Cosines, and behind them sines, that move keys from 0 to each position: float32, `[at least reach,
         dim]`, on the CPU."""
-        table = self._tables.get("turns")
-        if table is None or len(table) < reach:
-            table = self._tabulated(0, reach, torch.float32)
-            self._tables["turns"] = table
-        return table
+        return self._table(reach, torch.float32, mirrored=False)
 
     def _turns(self, delta: Tensor, dtype: torch.dtype) -> Tensor:
         """Cosines, and behind them sines, of the angles: `[..., n, rotary_dim]`.
@@ -81,17 +77,18 @@ class Rotary:
         reach = max(-int(least), int(most) + 1)
         if reach > _REACH:
             return self._computed(delta, dtype)
-        table = self._tables.get(dtype)
-        if table is None or len(table) < 2 * reach:
-            table = self._tabulated(-reach, reach, dtype)
-            self._tables[dtype] = table
+        table = self._table(reach, dtype, mirrored=True)
         return embedding(delta + len(table) // 2, table)
 
-    def _tabulated(self, least: int, reach: int, dtype: torch.dtype) -> Tensor:
-        """For the differences from `least`, which is 0 or `-reach`, to `reach`; or to a little more, both."""
-        reach = 1 << max(0, reach - 1).bit_length()
-        with torch.inference_mode(False):  # it outlives the caller's mode
-            return self._computed(torch.arange(-reach if least else 0, reach), dtype)
+    def _table(self, reach: int, dtype: torch.dtype, *, mirrored: bool) -> Tensor:
+        """Of the differences from 0, or where it is mirrored from `-reach`, to `reach`, or a little more."""
+        table = self._tables.get((dtype, mirrored))
+        if table is None or len(table) < (1 + mirrored) * reach:
+            reach = 1 << max(0, reach - 1).bit_length()
+            with torch.inference_mode(False):  # it outlives the caller's mode
+                table = self._computed(torch.arange(-reach if mirrored else 0, reach), dtype)
+            self._tables[dtype, mirrored] = table
+        return table
 
     def _computed(self, delta: Tensor, dtype: torch.dtype) -> Tensor:
         # a float32 angle of thousands of radians is off by 1e-4; take it wide wherever the device can

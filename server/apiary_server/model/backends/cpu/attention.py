@@ -136,12 +136,14 @@ class Decode:
         self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
     ) -> _Decode | None:
         """What is the same in all layers; None: the kernel does not read such tensors."""
-        cache = run.cache
-        packed = (
-            _Packed() if cache.packed is None or not cache.packed.most else self._unpacking(cache.packed, run)
-        )
-        if packed is None or not _fit(queries, keys, values, run):
+        if not _fit(queries, keys, values, run):
             return None
+        cache, packed = run.cache, _Packed()
+        if cache.packed is not None and cache.packed.most:
+            unpacking = self._unpacking(cache.packed, run)
+            if unpacking is None:
+                return None
+            packed = unpacking
         return _Decode(
             rows=len(queries),
             kv_heads=keys.shape[1],

@@ -133,10 +133,15 @@ INLINE void record(const State *state, int64_t layer, int64_t row, int64_t head,
     }
 }
 
-/* Compiled for constants where they are known. */
-#define FOR_EACH_SHAPE                                                                                     \
-    CASE(3, 64, 0) CASE(3, 64, 1) CASE(4, 64, 0) CASE(4, 64, 1) CASE(4, 128, 0) CASE(4, 128, 1)            \
-    CASE(2, 64, 0) CASE(2, 128, 0) CASE(1, 64, 0) CASE(1, 128, 0)
+/* Calls DO for constants where they are known. */
+#define SHAPE(GROUP_, DIM_, BFLOAT16_, DO, ...)                                                            \
+    if (group == GROUP_ && dim == DIM_ && bfloat16 == BFLOAT16_) DO(GROUP_, DIM_, BFLOAT16_, __VA_ARGS__); else
+#define BY_SHAPE(DO, ...)                                                                                  \
+    SHAPE(3, 64, 0, DO, __VA_ARGS__) SHAPE(3, 64, 1, DO, __VA_ARGS__) SHAPE(4, 64, 0, DO, __VA_ARGS__)     \
+    SHAPE(4, 64, 1, DO, __VA_ARGS__) SHAPE(4, 128, 0, DO, __VA_ARGS__) SHAPE(4, 128, 1, DO, __VA_ARGS__)   \
+    SHAPE(2, 64, 0, DO, __VA_ARGS__) SHAPE(2, 128, 0, DO, __VA_ARGS__) SHAPE(1, 64, 0, DO, __VA_ARGS__)    \
+    SHAPE(1, 128, 0, DO, __VA_ARGS__)                                                                      \
+    DO(group, (int)dim, (int)bfloat16, __VA_ARGS__)
 
 INLINE void dots_of(const int group, const int dim, const int bfloat16, int64_t heads, const float *queries,
                     const void *keys, int64_t entries, float *weights, int64_t stride) {
@@ -168,28 +173,14 @@ INLINE int together(int64_t heads) {
 FOR_EACH_PROCESSOR static void dots(int64_t heads, int64_t dim, int64_t bfloat16, const float *queries,
                                     const void *keys, int64_t entries, float *weights, int64_t stride) {
     const int group = together(heads);
-#define CASE(GROUP_, DIM_, BFLOAT16_)                                                                      \
-    if (group == GROUP_ && dim == DIM_ && bfloat16 == BFLOAT16_) {                                         \
-        dots_of(GROUP_, DIM_, BFLOAT16_, heads, queries, keys, entries, weights, stride);                  \
-        return;                                                                                            \
-    }
-    FOR_EACH_SHAPE
-#undef CASE
-    dots_of(group, (int)dim, (int)bfloat16, heads, queries, keys, entries, weights, stride);
+    BY_SHAPE(dots_of, heads, queries, keys, entries, weights, stride);
 }
 
 /* `combine` of all heads that share the values, in the channels that are whole vectors. */
 FOR_EACH_PROCESSOR static void combines(int64_t heads, int64_t dim, int64_t bfloat16, const float *weights,
                                         int64_t stride, const void *values, int64_t entries, float *output) {
     const int group = together(heads);
-#define CASE(GROUP_, DIM_, BFLOAT16_)                                                                      \
-    if (group == GROUP_ && dim == DIM_ && bfloat16 == BFLOAT16_) {                                         \
-        combine_of(GROUP_, DIM_, BFLOAT16_, heads, weights, stride, values, entries, output);              \
-        return;                                                                                            \
-    }
-    FOR_EACH_SHAPE
-#undef CASE
-    combine_of(group, (int)dim, (int)bfloat16, heads, weights, stride, values, entries, output);
+    BY_SHAPE(combine_of, heads, weights, stride, values, entries, output);
 }
 
 /* One KV head of one row. `room` is for ROOM * dim floats. */

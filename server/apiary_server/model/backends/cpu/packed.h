@@ -81,31 +81,21 @@ INLINE void keys_of(const int dim, const int bits, const Packed *packed, int64_t
 #undef AT
 }
 
-/* Compiled for constants where they are known. */
-#define FOR_EACH_PACKING CASE(64, 4) CASE(128, 4) CASE(64, 2) CASE(128, 2)
+/* Calls DO for constants where they are known. */
+#define PACKING(DIM_, BITS_, DO, ...) if (dim == DIM_ && packed->bits == BITS_) DO(DIM_, BITS_, packed, __VA_ARGS__); else
+#define BY_PACKING(DO, ...)                                                       \
+    PACKING(64, 4, DO, __VA_ARGS__) PACKING(128, 4, DO, __VA_ARGS__)              \
+    PACKING(64, 2, DO, __VA_ARGS__) PACKING(128, 2, DO, __VA_ARGS__)              \
+    DO((int)dim, (int)packed->bits, packed, __VA_ARGS__)
 
 /* Values [first, first + count) of a head into float [count, dim]; `room` is as large, and at least float [4, dim]. */
 FOR_EACH_PROCESSOR static void unpack_values(int64_t dim, const Packed *packed, int64_t layer, int64_t row, int64_t head,
                                              int64_t first, int64_t count, float *room, float *into) {
-#define CASE(DIM_, BITS_)                                                                    \
-    if (dim == DIM_ && packed->bits == BITS_) {                                              \
-        values_of(DIM_, BITS_, packed, layer, row, head, first, count, room, into);          \
-        return;                                                                              \
-    }
-    FOR_EACH_PACKING
-#undef CASE
-    values_of((int)dim, (int)packed->bits, packed, layer, row, head, first, count, room, into);
+    BY_PACKING(values_of, layer, row, head, first, count, room, into);
 }
 
 /* The same of keys, rotated. */
 FOR_EACH_PROCESSOR static void unpack_keys(int64_t dim, const Packed *packed, int64_t layer, int64_t row, int64_t head,
                                            int64_t first, int64_t count, float *room, float *into) {
-#define CASE(DIM_, BITS_)                                                                    \
-    if (dim == DIM_ && packed->bits == BITS_) {                                              \
-        keys_of(DIM_, BITS_, packed, layer, row, head, first, count, room, into);            \
-        return;                                                                              \
-    }
-    FOR_EACH_PACKING
-#undef CASE
-    keys_of((int)dim, (int)packed->bits, packed, layer, row, head, first, count, room, into);
+    BY_PACKING(keys_of, layer, row, head, first, count, room, into);
 }
