@@ -11,12 +11,13 @@ def top(score: Tensor, count: int, preferred: Tensor | None = None) -> Tensor:
 
     Where `preferred`, bool `[..., n]`, is given, those it marks come before all others.
     """
-    # topk breaks ties as it likes; a stable sort lets the first win on every device
+    if preferred is None:
+        return _places(_largest(score, count), count)
     ranked = score.argsort(dim=-1, descending=True, stable=True)
-    if preferred is not None:
-        marked = preferred.gather(-1, ranked).int()
-        ranked = ranked.gather(-1, marked.argsort(dim=-1, descending=True, stable=True))
-    return _places(_marked(score, ranked[..., :count]), count)
+    marked = preferred.gather(-1, ranked).int()
+    ranked = ranked.gather(-1, marked.argsort(dim=-1, descending=True, stable=True))
+    chosen = torch.zeros_like(preferred).scatter_(-1, ranked[..., :count], True)
+    return _places(chosen, count)
 
 
 def honeycomb(score: Tensor, hot: int, cells: int) -> Tensor:
@@ -32,9 +33,8 @@ def honeycomb(score: Tensor, hot: int, cells: int) -> Tensor:
     Returns:
         int64 `[..., hot + cells]`, ascending.
     """
-    ranked = score.argsort(dim=-1, descending=True, stable=True)
     count = score.shape[-1] - hot
-    kept = _marked(score, ranked[..., :hot])
+    kept = _largest(score, hot)
     others = _places(~kept, count)
     edges = torch.arange(cells + 1, device=score.device) * count // max(cells, 1)
     place = edges[:-1, None] + torch.arange(-(-count // max(cells, 1)), device=score.device)
@@ -44,9 +44,18 @@ def honeycomb(score: Tensor, hot: int, cells: int) -> Tensor:
     return _places(kept.scatter_(-1, others.gather(-1, best), True), hot + cells)
 
 
-def _marked(score: Tensor, places: Tensor) -> Tensor:
-    """Which of `[..., n]` are among `places`."""
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, places, True)
+def _largest(score: Tensor, count: int) -> Tensor:
+    """Which of `[..., n]` are the `count` largest, bool; the first wins a tie, and NaN counts as infinite.
+
+    A tenth of the time of a stable sort; topk alone breaks ties as it likes.
+    """
+    if not count:
+        return torch.zeros_like(score, dtype=torch.bool)
+    score = score.masked_fill(score.isnan(), torch.inf)
+    least = score.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    above, level = score > least, score == least
+    room = count - above.sum(dim=-1, keepdim=True)
+    return above | level & (level.cumsum(dim=-1) <= room)
 
 
 def _places(marked: Tensor, count: int) -> Tensor:

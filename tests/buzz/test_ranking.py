@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from buzz.ranking import top
+from buzz.ranking import honeycomb, top
 
 
 def test_the_largest_in_order_and_the_first_of_a_tie() -> None:
@@ -24,3 +25,19 @@ def test_ties_among_many_are_broken_the_same_way() -> None:
     score = torch.randint(0, 3, (4, 2000), generator=torch.Generator().manual_seed(0)).float()
     expected = [sorted(sorted(range(2000), key=lambda i: (-row[i], i))[:700]) for row in score.tolist()]
     assert top(score, 700).tolist() == expected
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_what_is_not_finite_has_a_rank(count: int) -> None:
+    inf, nan = torch.inf, torch.nan
+    score = torch.tensor([[nan, 1, -inf, inf, nan], [-inf] * 5, [nan] * 5])
+    expected = [[0, 3, 4, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert top(score, count).tolist() == [sorted(row[:count]) for row in expected]
+
+
+def test_the_hot_and_the_best_of_each_cell() -> None:
+    score = torch.tensor([[1.0, 9, 2, 8, 2, 3, 1, 7]])
+    assert honeycomb(score, 3, 2).tolist() == [[1, 2, 3, 5, 7]]  # cells of 0, 2 and of 4, 5, 6
+    assert honeycomb(score, 0, 4).tolist() == [[1, 3, 5, 7]]
+    assert honeycomb(score, 6, 0).tolist() == [[1, 2, 3, 4, 5, 7]]
+    assert honeycomb(torch.zeros(1, 8), 3, 2).tolist() == [[0, 1, 2, 3, 5]]
