@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -49,7 +49,7 @@ class Batch:
         self.policy, self.rotary, self.layers = policy, rotary, layers
         self._like = like.new_empty(*like.shape[:2], 0, like.shape[3])
         self.memory = self._empty(len(like), self._at_rest(0))
-        self.caches = [Cache(policy, rotary, _of(self.memory, row)) for row in range(len(like))]
+        self.caches = [Cache(policy, rotary, self.memory.of_sessions(row)) for row in range(len(like))]
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +96,7 @@ class Batch:
         twin.memory = self._empty(len(indices), self._at_rest(self.memory.capacity))
         twin.caches = []
         for row, index in enumerate(indices):
-            source, copied = self.caches[index], Cache(self.policy, self.rotary, _of(twin.memory, row))
+            source, copied = self.caches[index], Cache(self.policy, self.rotary, twin.memory.of_sessions(row))
             copied.restore(source.state())
             copied.buffers.copy_from(source.buffers, source.n, source.packed)
             twin.caches.append(copied)
@@ -114,7 +114,7 @@ class Batch:
             sizes = _Sizes(need, max(packed for _, packed in after), dense)
         memory = self._empty(len(self.caches), sizes)
         for row, cache in enumerate(self.caches):
-            cache.copy_to(_of(memory, row))
+            cache.copy_to(memory.of_sessions(row))
         self.memory = memory
 
     def _end(self, counts: Sequence[int]) -> None:
@@ -123,7 +123,7 @@ class Batch:
         memory = None if _sizes(self.memory) == rest else self._empty(len(self.caches), rest)
         for row, (cache, count) in enumerate(zip(self.caches, counts, strict=True)):
             cache.append(count)
-            cache.end_segment(None if memory is None else _of(memory, row))
+            cache.end_segment(None if memory is None else memory.of_sessions(row))
         self.memory = memory or self.memory
 
     def _at_rest(self, capacity: int) -> _Sizes:
@@ -140,19 +140,7 @@ class Batch:
         shape = (layers, like.shape[1], sizes.capacity, like.shape[3], like.dtype, like.device)
         with torch.inference_mode(False):  # else a later segment in another mode could not write to it
             memory = Buffers.empty(*shape, policy.states, policy.kivi, sizes.packed, sizes.dense)
-        return _map(memory, lambda tensor: tensor.unflatten(0, (rows, self.layers)))
-
-
-def _map(memory: Buffers, view: Callable[[Tensor], Tensor]) -> Buffers:
-    """The same memory, seen otherwise."""
-    state = {name: view(tensor) for name, tensor in memory.state.items()}
-    packed = None if memory.packed is None else memory.packed.map(view)
-    return Buffers(view(memory.keys), view(memory.values), view(memory.position), state, packed)
-
-
-def _of(memory: Buffers, row: int) -> Buffers:
-    """One session's part of a batch's memory."""
-    return _map(memory, lambda tensor: tensor[row])
+        return memory.map(lambda tensor: tensor.unflatten(0, (rows, self.layers)))
 
 
 def _sizes(memory: Buffers) -> _Sizes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -120,6 +120,16 @@ class Buffers:
         packed = () if self.packed is None else self.packed.tensors
         tensors = (self.keys, self.values, self.position, *self.state.values(), *packed)
         return sum(tensor.nbytes for tensor in tensors)
+
+    def map(self, view: Callable[[Tensor], Tensor]) -> Buffers:
+        """The same memory with each tensor seen otherwise; nothing packed is in use."""
+        state = {name: view(tensor) for name, tensor in self.state.items()}
+        packed = None if self.packed is None else self.packed.map(view)
+        return Buffers(view(self.keys), view(self.values), view(self.position), state, packed)
+
+    def of_sessions(self, index: int | slice) -> Buffers:
+        """Of memory of several sessions, that of one, or of some; nothing packed is in use."""
+        return self.map(lambda tensor: tensor[index])
 
     def copy_from(self, source: Buffers, n: int, packed: int = 0) -> None:
         """Copy the first `n` entries of `source`, `packed` of which are packed there and will be here, and

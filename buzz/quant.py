@@ -157,7 +157,7 @@ class Packed:
         """Of memory of several sessions, that of one, or of some."""
         return self.map(lambda tensor: tensor[index])
 
-    def using(self, count: int | Tensor, most: int, rotary: Rotary, in_cache: bool | Tensor) -> Self:
+    def using(self, count: int | Tensor, most: int, rotary: Rotary | None, in_cache: bool | Tensor) -> Self:
         """The same memory with other entries in use."""
         return replace(self, count=count, most=most, rotary=rotary, in_cache=in_cache)
 

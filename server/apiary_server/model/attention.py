@@ -3,21 +3,24 @@ session's cache first."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
-from apiary_server.sessions.pool import Lease
+from apiary_server.sessions.pool import SlotClass
 from buzz import Buffers, Record, State, attend_chunk, attend_decode
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRun:
-    """One new token for each of B neighbouring slots of a class.
+    """One new token for each of B slots of a class, wherever they lie in it.
 
-    `cache` tensors are strided views with leading dimension B; `entries` and `seen`, int64 `[B]`, count each
-    slot's entries and its session's tokens before this step; `most` is the largest count of entries after it.
-    `first` leases the first of the slots; None: the caches lie in memory of their own.
+    `cache` has a leading dimension of slots, of which `slots` says each row's; None: as many as rows, in
+    their order. What is packed there is counted by row. `entries` and `seen`, int64 `[B]`, count each slot's
+    entries and its session's tokens before this step; `most` is the largest count of entries after it.
+    `home` is the class of which `cache` is the whole; None: the caches lie in memory of their own.
     """
 
     rows: slice
@@ -27,7 +30,27 @@ class DecodeRun:
     most: int
     states: tuple[State, ...]
     log_n: int | None
-    first: Lease | None = None
+    slots: Sequence[int] | None = None
+    home: SlotClass | None = None
+
+    def neighbours(self) -> Iterator[DecodeRun]:
+        """The run in parts whose slots lie behind each other, so that their tensors are strided views; `rows`
+        are those of the run."""
+        slots = self.slots
+        if slots is None:
+            yield replace(self, rows=slice(0, len(self.entries)))
+            return
+        ends = [row for row in range(1, len(slots)) if slots[row] != slots[row - 1] + 1]
+        for start, end in zip([0, *ends], [*ends, len(slots)], strict=True):
+            rows = slice(start, end)
+            cache = self.cache.of_sessions(slice(slots[start], slots[start] + end - start))
+            used = self.cache.packed
+            if used is not None and cache.packed is not None and isinstance(used.count, Tensor):
+                own = cache.packed.using(used.count[rows], used.most, used.rotary, used.in_cache)
+                cache = replace(cache, packed=own)
+            yield replace(
+                self, rows=rows, cache=cache, slots=None, entries=self.entries[rows], seen=self.seen[rows]
+            )
 
     def records(self, layer: int) -> list[Record]:
         """What attention in a layer records, and where."""
@@ -77,10 +100,12 @@ def decode(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: flo
     Returns:
         `[B, query_heads, head_dim]`.
     """
-    cache_keys, cache_values = run.cache.extend_each(layer, run.entries, run.most, keys, values)
-    records = run.records(layer)
-    lengths = run.entries + 1
-    return attend_decode(queries, cache_keys, cache_values, lengths, scale, records, run.seen, run.log_n)
+    parts = []
+    for part in run.neighbours():
+        rows, lengths, records = part.rows, part.entries + 1, part.records(layer)
+        entries = part.cache.extend_each(layer, part.entries, part.most, keys[rows], values[rows])
+        parts.append(attend_decode(queries[rows], *entries, lengths, scale, records, part.seen, part.log_n))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def chunk(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: ChunkRun) -> Tensor:

@@ -27,7 +27,7 @@ class Piece:
 
     @property
     def decodes(self) -> bool:
-        """Whether it can share a kernel with its neighbours."""
+        """Whether it can share a kernel with others."""
         return len(self.tokens) == 1
 
 
@@ -44,7 +44,7 @@ class Runner:
         Returns:
             The logits behind the last token of each piece that asks for them, `[rows, vocab]`, in order.
         """
-        order = sorted(range(len(pieces)), key=lambda i: _neighbourhood(pieces[i]))
+        order = sorted(range(len(pieces)), key=lambda i: (*_kind(pieces[i]), pieces[i].place.index))
         packed = [pieces[i] for i in order]
         starts = list(itertools.accumulate((len(piece.tokens) for piece in packed), initial=0))
         tokens = [token for piece in packed for token in piece.tokens]
@@ -72,28 +72,29 @@ class Runner:
         entries = self._tensor([piece.cache.n for piece in decoding])
         seen = self._tensor([piece.cache.seen for piece in decoding])
         row = 0
-        for run in _runs(decoding):
-            first, rows = run[0], slice(row, row + len(run))
+        for _, alike in itertools.groupby(decoding, _kind):
+            run = list(alike)
+            cache, rows = run[0].cache, slice(row, row + len(run))
             batch.decodes.append(
                 DecodeRun(
                     rows,
-                    self._neighbours(run),
+                    self._memory(run),
                     entries[rows],
                     seen[rows],
                     max(piece.cache.n for piece in run) + 1,
-                    first.cache.states,
-                    first.cache.policy.log_n,
-                    first.place,
+                    cache.states,
+                    cache.policy.log_n,
+                    [piece.place.index for piece in run],
+                    run[0].place.slots,
                 )
             )
             row = rows.stop
         return batch
 
-    def _neighbours(self, run: Sequence[Piece]) -> Buffers:
-        """The tensors of neighbouring slots, with a leading dimension of slots, as they are used now."""
-        first = run[0].place.index
+    def _memory(self, run: Sequence[Piece]) -> Buffers:
+        """The tensors of all slots of a class, with a leading dimension of slots, as they are used now."""
         cache = run[0].cache
-        buffers = run[0].place.slots.buffers(slice(first, first + len(run)), cache.states)
+        buffers = run[0].place.slots.buffers(slice(None), cache.states)
         counts = [piece.cache.packed for piece in run]
         if buffers.packed is None or not any(counts):
             return buffers
@@ -104,28 +105,14 @@ class Runner:
         return torch.tensor(values, dtype=torch.int64, device=self._backend.device)
 
 
-def _neighbourhood(piece: Piece) -> tuple[bool, int, int, str, bool, int]:
-    """Sorts decoding pieces first, and such as can share a kernel behind each other."""
+def _kind(piece: Piece) -> tuple[bool, int, int, str, bool]:
+    """Equal for pieces that decode and can share a kernel; those that decode are the least."""
     cache = piece.cache
-    kind = (cache.policy.log_n or 0, _words(cache.states), cache.rotated_in_cache)
-    return (not piece.decodes, id(piece.place.slots), *kind, piece.place.index)
+    in_cache = cache.policy.kivi is not None and cache.rotated_in_cache
+    return (not piece.decodes, id(piece.place.slots), cache.policy.log_n or 0, _words(cache.states), in_cache)
 
 
 @functools.lru_cache
 def _words(states: tuple[State, ...]) -> str:
     """What can be sorted, unlike states themselves."""
     return repr(states)
-
-
-def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Cut sorted pieces where slots are not neighbours or need another kernel."""
-    runs: list[list[Piece]] = []
-    expected: list[object] = []
-    for piece in pieces:
-        *kind, index = _neighbourhood(piece)
-        if runs and [*kind, index] == expected:
-            runs[-1].append(piece)
-        else:
-            runs.append([piece])
-        expected = [*kind, index + 1]
-    return runs

@@ -21,7 +21,7 @@ class _State(ctypes.Structure):
     _fields_ = (
         ("into", c_void_p),
         ("layer", c_int64),
-        ("row", c_int64),
+        ("slot", c_int64),
         ("head", c_int64),
         ("votes", c_int64),
         ("decay", c_float),
@@ -31,7 +31,7 @@ class _State(ctypes.Structure):
 class _Part(ctypes.Structure):
     """As in `packed.h`."""
 
-    _fields_ = (("memory", c_void_p), ("layer", c_int64), ("row", c_int64), ("head", c_int64))
+    _fields_ = (("memory", c_void_p), ("layer", c_int64), ("slot", c_int64), ("head", c_int64))
 
 
 class _Packed(ctypes.Structure):
@@ -59,8 +59,9 @@ class _Decode(ctypes.Structure):
         ("keys", c_void_p),
         ("values", c_void_p),
         ("cache_layer", c_int64),
-        ("cache_row", c_int64),
+        ("cache_slot", c_int64),
         ("cache_head", c_int64),
+        ("slots", c_void_p),
         ("lengths", c_void_p),
         ("seen", c_void_p),
         ("output", c_void_p),
@@ -105,7 +106,7 @@ class Decode:
         self._attend.argtypes, self._attend.restype = [POINTER(_Decode)], c_int
         self._run: DecodeRun | None = None  # whose layers are computed now
         self._task: _Decode | None = None
-        self._lengths = self._counts = self._turns = torch.empty(0)  # which the task points to
+        self._slots = self._lengths = self._counts = self._turns = torch.empty(0)  # which the task points to
 
     def __call__(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
@@ -117,6 +118,7 @@ class Decode:
         """
         if run is not self._run:
             self._run, self._task = None, None  # should there be no memory for what follows
+            self._slots = torch.tensor(range(len(queries)) if run.slots is None else run.slots)
             self._lengths = run.entries + 1
             self._task = self._prepared(queries, keys, values, scale, run)
             self._run = run
@@ -157,8 +159,9 @@ class Decode:
             keys=cache.keys.data_ptr(),
             values=cache.values.data_ptr(),
             cache_layer=cache.keys.stride(1),
-            cache_row=cache.keys.stride(0),
+            cache_slot=cache.keys.stride(0),
             cache_head=cache.keys.stride(2),
+            slots=self._slots.data_ptr(),
             lengths=self._lengths.data_ptr(),
             seen=run.seen.data_ptr(),
             longest=run.most,
@@ -251,7 +254,7 @@ def _states(run: DecodeRun | ChunkRun) -> ctypes.Array[_State]:
         tensor = run.cache.state[state.name]
         into.into = tensor.data_ptr()
         into.layer, into.head = tensor.stride(-3), tensor.stride(-2)
-        into.row = tensor.stride(0) if tensor.dim() == 4 else 0
+        into.slot = tensor.stride(0) if tensor.dim() == 4 else 0
         into.votes, into.decay = state.kind == "vote", state.decay
     return states
 

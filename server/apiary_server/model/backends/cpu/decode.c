@@ -21,8 +21,9 @@ typedef struct {
     int64_t query_row;
     const float *new_keys, *new_values; /* [rows, kv_heads, dim]: to be written as the last entries */
     int64_t new_key_row, new_value_row;
-    void *keys, *values; /* [layers, rows, kv_heads, entries, dim], in any order of the first three */
-    int64_t cache_layer, cache_row, cache_head;
+    void *keys, *values; /* [layers, slots, kv_heads, entries, dim], in any order of the first three */
+    int64_t cache_layer, cache_slot, cache_head;
+    const int64_t *slots;   /* [rows]: where a row's entries are, here and in `state` and `packed` */
     const int64_t *lengths; /* [rows]: entries, the packed ones, which are not in `keys`, included */
     const int64_t *seen;    /* [rows] */
     float *output;          /* [rows, kv_heads * group, dim], contiguous */
@@ -117,9 +118,9 @@ INLINE void combine(const int group, const int parts, const int dim, const int b
 }
 
 /* One query head after the other: so the loops are vectorised. */
-INLINE void record(const State *state, int64_t layer, int64_t row, int64_t head, int64_t group, int64_t entries, int64_t seen,
+INLINE void record(const State *state, int64_t layer, int64_t slot, int64_t head, int64_t group, int64_t entries, int64_t seen,
                    const float *restrict weights) {
-    int64_t at = layer * state->layer + row * state->row + head * state->head;
+    int64_t at = layer * state->layer + slot * state->slot + head * state->head;
     if (state->votes) {
         int32_t *restrict last = (int32_t *)state->into + at, now = (int32_t)seen;
         for (int64_t g = 0; g < group; g++)
@@ -186,10 +187,11 @@ FOR_EACH_PROCESSOR static void combines(int64_t heads, int64_t dim, int64_t bflo
 /* One KV head of one row. `room` is for ROOM * dim floats. */
 FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *restrict weights, float *restrict room) {
     int64_t row = item / task->kv_heads, head = item % task->kv_heads, layer = task->layer, group = task->group;
+    int64_t slot = task->slots[row];
     int64_t dim = task->dim, bfloat16 = task->bfloat16, size = bfloat16 ? 2 : 4;
     int64_t entries = task->lengths[row], packed = task->packed.counts ? task->packed.counts[row] : 0;
     int64_t dense = entries - packed;
-    int64_t cache = (layer * task->cache_layer + row * task->cache_row + head * task->cache_head) * size;
+    int64_t cache = (layer * task->cache_layer + slot * task->cache_slot + head * task->cache_head) * size;
     const float *queries = task->queries + row * task->query_row + head * group * dim;
     char *keys = (char *)task->keys + cache, *values = (char *)task->values + cache;
     float *output = task->output + (row * task->kv_heads + head) * group * dim, scale = task->scale;
@@ -198,17 +200,17 @@ FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *res
     write(task->new_values + row * task->new_value_row + head * dim, values, (dense - 1) * dim, dim, (int)bfloat16);
     for (int64_t first = 0, count; first < packed; first += count) {
         count = packed - first < TILE ? packed - first : TILE;
-        unpack_keys(dim, &task->packed, layer, row, head, first, count, room + TILE * dim, room);
+        unpack_keys(dim, &task->packed, layer, slot, head, first, count, room + TILE * dim, room);
         dots(group, dim, 0, queries, room, count, weights + first, entries);
     }
     dots(group, dim, bfloat16, queries, keys, dense, weights + packed, entries);
     for (int64_t g = 0; g < group; g++) softmax(weights + g * entries, entries, scale);
     for (int64_t s = 0; s < task->states; s++)
-        record(&task->state[s], layer, row, head, group, entries, task->seen[row], weights);
+        record(&task->state[s], layer, slot, head, group, entries, task->seen[row], weights);
     memset(output, 0, group * dim * sizeof *output);
     for (int64_t first = 0, count; first < packed; first += count) {
         count = packed - first < TILE ? packed - first : TILE;
-        unpack_values(dim, &task->packed, layer, row, head, first, count, room + TILE * dim, room);
+        unpack_values(dim, &task->packed, layer, slot, head, first, count, room + TILE * dim, room);
         combines(group, dim, 0, weights + first, entries, room, count, output);
     }
     combines(group, dim, bfloat16, weights + packed, entries, values, dense, output);

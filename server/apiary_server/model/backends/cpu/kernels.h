@@ -45,7 +45,7 @@ enum { MOST_STATES = 2 };
 
 typedef struct {
     void *into; /* [.., kv_heads, entries]: float masses, or int32 votes */
-    int64_t layer, row, head; /* strides */
+    int64_t layer, slot, head; /* strides */
     int64_t votes;
     float decay;
 } State;

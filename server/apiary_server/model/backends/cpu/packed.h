@@ -2,10 +2,10 @@
 
 enum { CHANNELS = 32 }; /* that share a minimum and a step */
 
-/* A tensor [layers, rows, kv_heads, ...] in any order of the first three, whose strides count elements. */
+/* A tensor [layers, slots, kv_heads, ...] in any order of the first three, whose strides count elements. */
 typedef struct {
     const void *memory;
-    int64_t layer, row, head;
+    int64_t layer, slot, head;
 } Part;
 
 typedef struct {
@@ -39,30 +39,30 @@ INLINE Lanes unpack(const int dim, const int bits, const uint8_t *restrict codes
     return *(const Lanes *)levels * grid[c / CHANNELS * 2 + 1] + grid[c / CHANNELS * 2];
 }
 
-/* Where a layer, row and head of a tensor with elements of `size` bytes begin. */
-INLINE const void *begin(const Part *part, int64_t layer, int64_t row, int64_t head, int64_t size) {
-    return (const char *)part->memory + (layer * part->layer + row * part->row + head * part->head) * size;
+/* Where a layer, slot and head of a tensor with elements of `size` bytes begin. */
+INLINE const void *begin(const Part *part, int64_t layer, int64_t slot, int64_t head, int64_t size) {
+    return (const char *)part->memory + (layer * part->layer + slot * part->slot + head * part->head) * size;
 }
 
-INLINE void values_of(const int dim, const int bits, const Packed *packed, int64_t layer, int64_t row, int64_t head,
+INLINE void values_of(const int dim, const int bits, const Packed *packed, int64_t layer, int64_t slot, int64_t head,
                       int64_t first, int64_t count, float *restrict grids, float *restrict into) {
     const int width = dim * bits / 8, grid = dim / CHANNELS * 2;
-    const uint8_t *codes = (const uint8_t *)begin(&packed->values, layer, row, head, 1) + first * width;
-    halves((const uint16_t *)begin(&packed->value_grids, layer, row, head, 2) + first * grid, count * grid, grids);
+    const uint8_t *codes = (const uint8_t *)begin(&packed->values, layer, slot, head, 1) + first * width;
+    halves((const uint16_t *)begin(&packed->value_grids, layer, slot, head, 2) + first * grid, count * grid, grids);
     for (int64_t j = 0; j < count; j++)
 #pragma GCC unroll 8
         for (int c = 0; c < dim; c += LANES)
             *(Lanes *)(into + j * dim + c) = unpack(dim, bits, codes + j * width, grids + j * grid, c);
 }
 
-INLINE void keys_of(const int dim, const int bits, const Packed *packed, int64_t layer, int64_t row, int64_t head,
+INLINE void keys_of(const int dim, const int bits, const Packed *packed, int64_t layer, int64_t slot, int64_t head,
                     int64_t first, int64_t count, float *restrict grids, float *restrict into) {
     const int width = dim * bits / 8, grid = dim / CHANNELS * 2, rotated = dim / 2;
-    const uint8_t *codes = (const uint8_t *)begin(&packed->keys, layer, row, head, 1) + first * width;
-    const int32_t *positions = (const int32_t *)begin(&packed->positions, layer, row, head, 4) + first;
-    halves((const uint16_t *)begin(&packed->key_grids, layer, row, head, 2) + first * grid, count * grid, grids);
+    const uint8_t *codes = (const uint8_t *)begin(&packed->keys, layer, slot, head, 1) + first * width;
+    const int32_t *positions = (const int32_t *)begin(&packed->positions, layer, slot, head, 4) + first;
+    halves((const uint16_t *)begin(&packed->key_grids, layer, slot, head, 2) + first * grid, count * grid, grids);
     float *channels = grids + count * grid;
-    halves(begin(&packed->channels, layer, row, head, 2), 2 * dim, channels);
+    halves(begin(&packed->channels, layer, slot, head, 2), 2 * dim, channels);
 #define AT(FLOATS) (*(const Lanes *)(FLOATS))
     for (int64_t j = 0; j < count; j++) {
         uint64_t at = packed->in_cache ? (uint64_t)(first + j) : (uint32_t)positions[j];
@@ -89,13 +89,13 @@ INLINE void keys_of(const int dim, const int bits, const Packed *packed, int64_t
     DO((int)dim, (int)packed->bits, packed, __VA_ARGS__)
 
 /* Values [first, first + count) of a head into float [count, dim]; `room` is as large, and at least float [4, dim]. */
-FOR_EACH_PROCESSOR static void unpack_values(int64_t dim, const Packed *packed, int64_t layer, int64_t row, int64_t head,
+FOR_EACH_PROCESSOR static void unpack_values(int64_t dim, const Packed *packed, int64_t layer, int64_t slot, int64_t head,
                                              int64_t first, int64_t count, float *room, float *into) {
-    BY_PACKING(values_of, layer, row, head, first, count, room, into);
+    BY_PACKING(values_of, layer, slot, head, first, count, room, into);
 }
 
 /* The same of keys, rotated. */
-FOR_EACH_PROCESSOR static void unpack_keys(int64_t dim, const Packed *packed, int64_t layer, int64_t row, int64_t head,
+FOR_EACH_PROCESSOR static void unpack_keys(int64_t dim, const Packed *packed, int64_t layer, int64_t slot, int64_t head,
                                            int64_t first, int64_t count, float *room, float *into) {
-    BY_PACKING(keys_of, layer, row, head, first, count, room, into);
+    BY_PACKING(keys_of, layer, slot, head, first, count, room, into);
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TypeVar
 
@@ -16,11 +16,9 @@ from apiary_server.model.backends.cuda.graphs import Capture, Compute, Graphs
 from apiary_server.model.backends.cuda.step import DecodeStep
 from apiary_server.model.decoder import Decoder, ForeignStructure
 from apiary_server.model.operations import Operations
-from apiary_server.sessions.pool import Lease, SlotClass
-from buzz import State
+from apiary_server.sessions.pool import SlotClass
 
 _STEPS = 64  # captured; the least recently used is forgotten for a new one
-_Kind = tuple[SlotClass, tuple[State, ...], int | None]  # what sessions share that one step takes
 _Run = TypeVar("_Run", DecodeRun, ChunkRun)
 
 
@@ -58,9 +56,15 @@ class Cuda:
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
-        groups, rest = _split(batch)
+        rest = Batch(chunks=batch.chunks)
         # all are prepared before one is launched: a copy from the host waits for what was
-        parts = [self._decoding(kind, group, tokens, positions) for kind, group in groups.items()]
+        parts = []
+        for run in batch.decodes:
+            packed = run.cache.packed
+            if run.home is None or run.slots is None or (packed is not None and packed.most):
+                rest.decodes.append(run)
+            else:
+                parts.append(self._decoding(run, run.home, run.slots, tokens, positions))
         if rest.decodes or rest.chunks:
             parts.append(self._as_it_comes(rest, tokens, positions))
         width = len(self._decoder.norm.weight)
@@ -70,15 +74,14 @@ class Cuda:
         return self._decoder.logits(hidden[keep])
 
     def _decoding(
-        self, kind: _Kind, group: _Group, tokens: Tensor, positions: Tensor
+        self, run: DecodeRun, home: SlotClass, slots: Sequence[int], tokens: Tensor, positions: Tensor
     ) -> tuple[Tensor, Compute]:
         """Which rows these are, and what computes them."""
-        rows, slots = self._tensor([group.rows, group.slots])
-        entries = torch.cat([run.entries for run in group.runs])
-        seen = torch.cat([run.seen for run in group.runs])
-        inputs = torch.stack([tokens[rows], positions[rows], slots, entries, seen])
-        longest = min(_longest(max(run.most for run in group.runs)), group.runs[0].cache.dense)
-        return rows, partial(self._step(*kind, _padded(len(group.rows)), longest), inputs)
+        rows, places = self._tensor([_rows([run]), slots])
+        inputs = torch.stack([tokens[rows], positions[rows], places, run.entries, run.seen])
+        longest = min(_longest(run.most), run.cache.dense)
+        step = self._step(home, run.states, run.log_n, _padded(len(slots)), longest)
+        return rows, partial(step, inputs)
 
     def _as_it_comes(self, batch: Batch, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Compute]:
         """The same for what is not captured."""
@@ -89,33 +92,6 @@ class Cuda:
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
-
-
-@dataclass(slots=True)
-class _Group:
-    """Runs that one step takes, and their rows and slots."""
-
-    runs: list[DecodeRun] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-
-    def add(self, run: DecodeRun, first: Lease) -> None:
-        self.runs.append(run)
-        self.rows += _rows([run])
-        self.slots += range(first.index, first.index + len(run.entries))
-
-
-def _split(batch: Batch) -> tuple[dict[_Kind, _Group], Batch]:
-    """What can be captured, and the rest."""
-    groups: dict[_Kind, _Group] = {}
-    rest = Batch(chunks=batch.chunks)
-    for run in batch.decodes:
-        packed = run.cache.packed
-        if run.first is None or (packed is not None and packed.most):
-            rest.decodes.append(run)
-        else:
-            groups.setdefault((run.first.slots, run.states, run.log_n), _Group()).add(run, run.first)
-    return groups, rest
 
 
 def _rows(runs: Sequence[DecodeRun | ChunkRun]) -> list[int]:

@@ -141,6 +141,39 @@ def test_packed_entries_are_read_as_torch_operations_do(
         )
 
 
+@pytest.mark.parametrize("slots", [[3, 1], [1, 2], [0, 2, 3], [2]], ids=str)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_rows_lie_in_any_slots(slots: list[int], bits: int | None) -> None:
+    torch.manual_seed(0)
+    shape, states = (9, 3, 64), (MASS, VOTES)
+    queries, keys, values = (part[: len(slots)] for part in heads_of(shape))
+    before, lengths = memory(*shape[1:], torch.float32, states), torch.tensor(LENGTHS)
+    if bits is not None:
+        before = in_few_bits(before, bits, in_cache=True)
+        assert before.packed is not None
+        counts = torch.as_tensor(before.packed.count)
+        lengths = lengths + counts
+        before = replace(before, packed=replace(before.packed, count=counts[slots]))
+    entries = lengths[slots]
+
+    def run(cache: Buffers) -> DecodeRun:
+        most = int(entries.max()) + 1
+        return DecodeRun(slice(0, len(slots)), cache, entries, 100 + entries, most, states, None, slots)
+
+    ours, theirs = copy(before), copy(before)
+    found = Decode()(1, queries, keys, values, 0.1, run(ours))
+    expected = decode(1, queries, keys, values, 0.1, run(theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours.keys.nan_to_num(7), theirs.keys.nan_to_num(7))
+    for slot in range(len(LENGTHS)):
+        live = slice(0, int(lengths[slot]) + 1 if slot in slots else None)
+        for name, state in ours.state.items():
+            twin = theirs.state[name]
+            torch.testing.assert_close(state[slot, 1, :, live], twin[slot, 1, :, live], rtol=1e-4, atol=1e-4)
+        touched = not torch.equal(ours.state["mass"][slot], before.state["mass"][slot])
+        assert touched == (slot in slots)
+
+
 def test_a_row_does_not_depend_on_the_others() -> None:
     torch.manual_seed(0)
     queries, keys, values = heads_of((9, 3, 64))
