@@ -4,7 +4,8 @@ A *slot* holds one session's entries of all layers in consecutive bytes, so park
 one size form a *class*. All classes share the arena without borders: a class sees the whole arena as a grid
 of its own slot size, `[slots, layers, kv_heads, capacity, head_dim]`, and slot `i` of a class may be leased
 while its bytes `[i * size, (i + 1) * size)` overlap no other lease. The default class fills the arena from
-the front, the others from the back. *Workspaces* are large slots for prompts, in memory of their own that is counted once and always.
+the front, the others from the back. *Workspaces* are large slots for prompts, in memory of their own that is
+counted once and always.
 """
 
 from __future__ import annotations
