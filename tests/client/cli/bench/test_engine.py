@@ -102,10 +102,10 @@ def test_the_options_are_the_plan(
 
 def test_a_report_is_printed_and_written(invoke: Invoke, model: str, tmp_path: Path) -> None:
     path = tmp_path / "decode.json"
-    flags = "--sessions 1,2 --prompt 20 --output 6 --repeats 2 --threads 1 --policy streaming"
+    flags = "--sessions 1,2 --prompt 20 --output 40 --repeats 2 --threads 1 --policy streaming"
     result = invoke(*flags.split(), "--model", model, "--json", str(path))
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith("decode: 20 in, 6 out; medians of 2\n")
+    assert result.stdout.startswith("decode: 20 in, 40 out; medians of 2\n")
     assert "streaming(sink=4,window=560); weights fp32, cache float32, 1 threads" in result.stdout
     content = json.loads(path.read_text())
     assert content["experiment"] == "decode"

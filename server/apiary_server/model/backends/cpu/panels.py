@@ -36,6 +36,7 @@ def supported(kernel: str) -> bool:
 
 class Panels:
     """A linear layer whose weight lies in panels of `COLUMNS` outputs, in the order in which they are read.
+    Not thread-safe.
 
     Args:
         kernel: its name.
@@ -64,29 +65,28 @@ class Panels:
     ) -> None:
         self._linear = library(kernel)[f"apiary_{kernel}_linear"]
         self._linear.argtypes, self._linear.restype = [POINTER(_Linear)], c_int
-        self._outputs, self._inputs = shape
-        more = -self._outputs % COLUMNS
+        outputs, inputs = shape
+        self._bias = None if bias is None else pad(bias, (0, -outputs % COLUMNS))
         self._weights = (memory or HugePages()).keep(weights)
-        self._scales, self._offsets, self._signs = scales, offsets, signs
-        self._bias = None if bias is None else pad(bias, (0, more))
+        self._kept = scales, offsets, signs  # which the task points to, as to those above
+        self._task = _Linear(
+            inputs=inputs,
+            outputs=outputs,
+            weights=self._weights.data_ptr(),
+            bias=_address(self._bias),
+            scales=_address(scales),
+            offsets=_address(offsets),
+            signs=_address(signs),
+        )
 
     def __call__(self, rows: Tensor) -> Tensor:
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
-        output = torch.empty(len(rows), self._outputs)
-        task = _Linear(
-            rows=len(rows),
-            inputs=self._inputs,
-            outputs=self._outputs,
-            input=rows.data_ptr(),
-            input_row=rows.stride(0),
-            weights=self._weights.data_ptr(),
-            bias=_address(self._bias),
-            output=output.data_ptr(),
-            scales=_address(self._scales),
-            offsets=_address(self._offsets),
-            signs=_address(self._signs),
-        )
+        task = self._task
+        output = torch.empty(len(rows), task.outputs)
+        task.rows = len(rows)
+        task.input, task.input_row = rows.data_ptr(), rows.stride(0)
+        task.output = output.data_ptr()
         if self._linear(byref(task)):
             raise MemoryError(f"no memory for the codes of {len(rows)} rows")
         return output
