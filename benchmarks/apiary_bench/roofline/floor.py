@@ -51,6 +51,7 @@ class Model:
         geometry: of the cache.
         dtype: of what lies between the layers; and of the weights, unless they are int8.
         int8: whether they are.
+        halves: whether they are bfloat16 numbers in a float32 model, and kept as such.
     """
 
     linears: tuple[Linear, ...]
@@ -60,6 +61,7 @@ class Model:
     geometry: Geometry
     dtype: torch.dtype
     int8: bool
+    halves: bool = False
 
     @classmethod
     def of(cls, path: Path, geometry: Geometry, dtype: torch.dtype, *, int8: bool) -> Self:
@@ -75,6 +77,7 @@ class Model:
             geometry=geometry,
             dtype=dtype,
             int8=int8,
+            halves=dtype == torch.float32 and config.dtype == torch.bfloat16,
         )
 
 
@@ -149,7 +152,8 @@ def operations(model: Model, policy: Policy, load: Load) -> Iterator[Operation]:
 
 def _linear(model: Model, layer: Linear, rows: float) -> Operation:
     item, size = model.dtype.itemsize, layer.inputs * layer.outputs
-    weights = size + layer.outputs * _SCALE_BYTES if model.int8 else size * item
+    stored = torch.bfloat16.itemsize if model.halves else item
+    weights = size + layer.outputs * _SCALE_BYTES if model.int8 else size * stored
     bias = layer.outputs * item if layer.bias else 0
     activations = rows * (layer.inputs + layer.outputs) * item
     arithmetic = 2 * rows * size

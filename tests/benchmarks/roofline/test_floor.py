@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,10 @@ def test_linear_layers() -> None:
     assert found(Part.LINEAR, model(int8=True), "window") == [
         (200 + 4 * 20 + 3 * 30 * 4, 2 * 3 * 200, True),
         (100 + 4 * 5 + 4 * 5 + 3 * 25 * 4, 2 * 3 * 100, True),
+    ]
+    assert found(Part.LINEAR, replace(model(), halves=True), "window") == [
+        (2 * 200 + 3 * 30 * 4, 2 * 3 * 200, False),
+        (2 * 100 + 4 * 5 + 3 * 25 * 4, 2 * 3 * 100, False),
     ]
 
 
@@ -102,3 +108,12 @@ def test_a_model_s_linear_layers(tmp_path: Path, changes: dict[str, bool]) -> No
     ]
     assert made.linears == (*layer, *layer, Linear(32, 259, False))
     assert (made.hidden, made.vocabulary, made.query_heads) == (32, 259, 4)
+    assert not made.halves
+
+
+def test_a_checkpoint_in_bfloat16_is_kept_as_such(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path, tiny.config())
+    written = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**written, "dtype": "bfloat16"}))
+    assert Model.of(path, GEOMETRY, torch.float32, int8=False).halves
+    assert not Model.of(path, GEOMETRY, torch.bfloat16, int8=False).halves

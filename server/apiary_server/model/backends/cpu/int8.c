@@ -84,20 +84,19 @@ TARGET static float encode(const Linear *task, const float *restrict row, int64_
 
 /* COLUMNS outputs of `rows` rows. */
 INLINE void block(const int rows, const Linear *task, int64_t first, int64_t column, int64_t quads,
-                  const uint8_t *restrict codes, const float *restrict scales) {
-    const int8_t *weights = (const int8_t *)task->weights + column * quads * 4;
+                  const int8_t *restrict weights, Ahead next, const uint8_t *restrict codes,
+                  const float *restrict scales) {
     __m512i sums[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
         for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm512_setzero_si512();
-    for (int64_t q = 0; q < quads; q++) {
+    for (int64_t q = 0; q < quads; q++, weights += ROUND, next.at += next.step) {
         __m512i some[VECTORS];
 #pragma GCC unroll 3
         for (int v = 0; v < VECTORS; v++) {
-            const int8_t *at = weights + (q * VECTORS + v) * LANES * 4;
-            some[v] = _mm512_loadu_si512(at);
-            _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+            some[v] = _mm512_loadu_si512(weights + v * LINE);
+            _mm_prefetch(next.at + v * LINE, _MM_HINT_T0);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
@@ -124,19 +123,23 @@ INLINE void block(const int rows, const Linear *task, int64_t first, int64_t col
 
 TARGET static void columns(const Linear *task, int64_t column, int64_t quads, const uint8_t *codes,
                            const float *scales) {
-    int64_t row = 0;
-#define BLOCK(ROWS_) block(ROWS_, task, row, column, quads, codes + row * quads * 4, scales + row)
-    for (; row + ROWS <= task->rows; row += ROWS) BLOCK(8);
-    switch (task->rows - row) {
-    case 7: BLOCK(7); break;
-    case 6: BLOCK(6); break;
-    case 5: BLOCK(5); break;
-    case 4: BLOCK(4); break;
-    case 3: BLOCK(3); break;
-    case 2: BLOCK(2); break;
-    case 1: BLOCK(1); break;
-    }
+    const int8_t *panel = (const int8_t *)task->weights + column * quads * 4;
+    int64_t blocks = (task->rows + ROWS - 1) / ROWS;
+    for (int64_t b = 0, row = 0; b < blocks; b++, row += ROWS) {
+        Ahead next = ahead(panel, quads, b, blocks);
+#define BLOCK(ROWS_) block(ROWS_, task, row, column, quads, panel, next, codes + row * quads * 4, scales + row)
+        switch (task->rows - row) {
+        default: BLOCK(8); break;
+        case 7: BLOCK(7); break;
+        case 6: BLOCK(6); break;
+        case 5: BLOCK(5); break;
+        case 4: BLOCK(4); break;
+        case 3: BLOCK(3); break;
+        case 2: BLOCK(2); break;
+        case 1: BLOCK(1); break;
+        }
 #undef BLOCK
+    }
 }
 
 int apiary_int8_supported(void) { return __builtin_cpu_supports("avx512vnni") != 0; }

@@ -3,10 +3,11 @@
 #include <stdint.h>
 
 enum { LANES = 16, VECTORS = 3, COLUMNS = LANES * VECTORS };
-enum { AHEAD = 8192 }; /* bytes: weights are asked of memory so long before they are used */
+enum { LINE = 64, ROUND = VECTORS * LINE }; /* bytes of a panel that are read at a time */
+enum { AHEAD = 8192 };                      /* bytes: weights are asked of memory so long before they are used */
 
 typedef struct {
-    int64_t rows, inputs, outputs;
+    int64_t rows, inputs, outputs, halves;
     const float *input; /* [rows, inputs] */
     int64_t input_row;
     const void *weights; /* [outputs / COLUMNS, rounded up, ...]: panels, zeros beyond the last output */
@@ -15,6 +16,19 @@ typedef struct {
     const void *scales, *offsets; /* of weights in eight bits, [outputs, rounded up]; else NULL */
     const float *signs;           /* of such, [inputs]; else NULL */
 } Linear;
+
+/* What to ask of memory in the first round of a panel for a block of rows, and how much further in each round. The
+   first block reads the panel from memory and the others from the cache; so that memory never rests, all of them share
+   in asking for the panel behind it. */
+typedef struct {
+    const char *at;
+    int64_t step;
+} Ahead;
+
+static inline Ahead ahead(const void *panel, int64_t rounds, int64_t block, int64_t blocks) {
+    int64_t size = rounds * ROUND, step = ROUND / blocks;
+    return (Ahead){(const char *)panel + AHEAD + size - size / blocks + block * rounds * step, step};
+}
 
 /* Which of LANES outputs there are where so many are left. */
 static inline uint16_t lanes(int64_t left) {

@@ -19,7 +19,7 @@ class _Linear(ctypes.Structure):
     """As in `panels.h`."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("rows", "inputs", "outputs")),
+        *((name, c_int64) for name in ("rows", "inputs", "outputs", "halves")),
         ("input", c_void_p),
         ("input_row", c_int64),
         *((name, c_void_p) for name in ("weights", "bias", "output", "scales", "offsets", "signs")),
@@ -41,7 +41,8 @@ class Panels:
     Args:
         kernel: its name.
         shape: outputs and inputs.
-        weights: the panels, `[outputs / COLUMNS, rounded up, ...]`, which are copied.
+        weights: the panels, `[outputs / COLUMNS, rounded up, ...]`, which are copied; of bfloat16 where the
+            kernel reads two inputs at a time.
         bias: float32 `[outputs]`.
         memory: for the copy; None: memory of its own.
         scales: of weights in eight bits, float32 `[outputs, rounded up]`.
@@ -72,12 +73,18 @@ class Panels:
         self._task = _Linear(
             inputs=inputs,
             outputs=outputs,
+            halves=weights.dtype == torch.bfloat16,
             weights=self._weights.data_ptr(),
             bias=_address(self._bias),
             scales=_address(scales),
             offsets=_address(offsets),
             signs=_address(signs),
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight as it is kept."""
+        return self._weights.nbytes
 
     def __call__(self, rows: Tensor) -> Tensor:
         if rows.stride(-1) != 1:

@@ -54,6 +54,22 @@ def test_a_product_is_that_of_the_weights(
         assert float(off.max()) < error
 
 
+@needs_avx512
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [1, 5, 8, 75])
+def test_weights_that_are_bfloat16_give_the_same_in_half_the_memory(
+    shape: tuple[int, int], count: int
+) -> None:
+    weight, bias = layer(shape)
+    exact = weight.bfloat16().float()
+    product, rows = Avx512(exact, bias), rows_like(shape, count)
+    assert product.nbytes == (exact.nbytes / 2 if shape[1] % 2 == 0 else 4 * 144 * shape[1])
+    exact[0, 0] += 2**-20  # one that is not, so that all are kept whole
+    whole = Avx512(exact, bias)
+    assert whole.nbytes == 4 * -(-shape[0] // 48) * 48 * shape[1]
+    assert torch.equal(product(rows)[:, 1:], whole(rows)[:, 1:])
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 13, 37, 40, 64, 576, 1536])
 def test_turned_rows_have_the_products_of_rows(length: int) -> None:
     some, others = torch.randn(2, 5, length, generator=torch.Generator().manual_seed(0))
