@@ -51,7 +51,7 @@ def _largest(score: Tensor, count: int) -> Tensor:
     """
     if not count:
         return torch.zeros_like(score, dtype=torch.bool)
-    score = score.masked_fill(score.isnan(), torch.inf)
+    score = score.nan_to_num(torch.inf, torch.inf, -torch.inf)
     least = score.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     above, level = score > least, score == least
     room = count - above.sum(dim=-1, keepdim=True)

@@ -27,6 +27,10 @@ def test_ties_among_many_are_broken_the_same_way() -> None:
     assert top(score, 700).tolist() == expected
 
 
+def test_votes_are_whole_numbers() -> None:
+    assert top(torch.tensor([3, 9, 9, 4], dtype=torch.int32), 2).tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_what_is_not_finite_has_a_rank(count: int) -> None:
     inf, nan = torch.inf, torch.nan

@@ -51,7 +51,8 @@ class Model:
         geometry: of the cache.
         dtype: of what lies between the layers; and of the weights, unless they are int8.
         int8: whether they are.
-        halves: whether they are bfloat16 numbers in a float32 model, and kept as such.
+        halves: whether they are bfloat16 numbers in a float32 model, which the backend `cpu` keeps as such,
+            by what the checkpoint says of itself.
     """
 
     linears: tuple[Linear, ...]
@@ -77,7 +78,7 @@ class Model:
             geometry=geometry,
             dtype=dtype,
             int8=int8,
-            halves=dtype == torch.float32 and config.dtype == torch.bfloat16,
+            halves=not int8 and dtype == torch.float32 and config.dtype == torch.bfloat16,
         )
 
 

@@ -3,7 +3,9 @@ session's cache first."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,14 +15,20 @@ from apiary_server.sessions.pool import SlotClass
 from buzz import Buffers, Record, State, attend_chunk, attend_decode
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class DecodeRun:
     """One new token for each of B slots of a class, wherever they lie in it.
 
-    `cache` has a leading dimension of slots, of which `slots` says each row's; None: as many as rows, in
-    their order. What is packed there is counted by row. `entries` and `seen`, int64 `[B]`, count each slot's
-    entries and its session's tokens before this step; `most` is the largest count of entries after it.
-    `home` is the class of which `cache` is the whole; None: the caches lie in memory of their own.
+    Attributes:
+        rows: of the step.
+        cache: with a leading dimension of slots; what is packed there is counted by row.
+        entries: int64 `[B]`, of each slot before this step.
+        seen: int64 `[B]`, each session's tokens before this step.
+        most: the largest count of entries after it.
+        states: what is recorded.
+        log_n: as in `Policy`.
+        slots: which of the cache's each row has; None: as many as rows, in their order.
+        home: the class of which `cache` is the whole; None: the caches lie in memory of their own.
     """
 
     rows: slice
@@ -33,24 +41,23 @@ class DecodeRun:
     slots: Sequence[int] | None = None
     home: SlotClass | None = None
 
-    def neighbours(self) -> Iterator[DecodeRun]:
+    @functools.cached_property
+    def neighbours(self) -> Sequence[DecodeRun]:
         """The run in parts whose slots lie behind each other, so that their tensors are strided views; `rows`
         are those of the run."""
-        slots = self.slots
-        if slots is None:
-            yield replace(self, rows=slice(0, len(self.entries)))
-            return
+        slots = range(len(self.entries)) if self.slots is None else self.slots
         ends = [row for row in range(1, len(slots)) if slots[row] != slots[row - 1] + 1]
-        for start, end in zip([0, *ends], [*ends, len(slots)], strict=True):
-            rows = slice(start, end)
-            cache = self.cache.of_sessions(slice(slots[start], slots[start] + end - start))
-            used = self.cache.packed
-            if used is not None and cache.packed is not None and isinstance(used.count, Tensor):
-                own = cache.packed.using(used.count[rows], used.most, used.rotary, used.in_cache)
-                cache = replace(cache, packed=own)
-            yield replace(
-                self, rows=rows, cache=cache, slots=None, entries=self.entries[rows], seen=self.seen[rows]
-            )
+        return [self._part(slice(*ends), slots) for ends in itertools.pairwise([0, *ends, len(slots)])]
+
+    def _part(self, rows: slice, slots: Sequence[int]) -> DecodeRun:
+        first, used = slots[rows.start], self.cache.packed
+        cache = self.cache.of_sessions(slice(first, first + rows.stop - rows.start))
+        if used is not None and used.most and cache.packed is not None:
+            count = torch.as_tensor(used.count)[rows]
+            in_cache = used.in_cache[rows] if isinstance(used.in_cache, Tensor) else used.in_cache
+            cache = replace(cache, packed=cache.packed.using(count, used.most, used.rotary, in_cache))
+        entries, seen = self.entries[rows], self.seen[rows]
+        return replace(self, rows=rows, cache=cache, slots=None, home=None, entries=entries, seen=seen)
 
     def records(self, layer: int) -> list[Record]:
         """What attention in a layer records, and where."""
@@ -101,7 +108,7 @@ def decode(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: flo
         `[B, query_heads, head_dim]`.
     """
     parts = []
-    for part in run.neighbours():
+    for part in run.neighbours:
         rows, lengths, records = part.rows, part.entries + 1, part.records(layer)
         entries = part.cache.extend_each(layer, part.entries, part.most, keys[rows], values[rows])
         parts.append(attend_decode(queries[rows], *entries, lengths, scale, records, part.seen, part.log_n))

@@ -105,11 +105,11 @@ class Runner:
         return torch.tensor(values, dtype=torch.int64, device=self._backend.device)
 
 
-def _kind(piece: Piece) -> tuple[bool, int, int, str, bool]:
+def _kind(piece: Piece) -> tuple[bool, int, int, str, int]:
     """Equal for pieces that decode and can share a kernel; those that decode are the least."""
     cache = piece.cache
-    in_cache = cache.policy.kivi is not None and cache.rotated_in_cache
-    return (not piece.decodes, id(piece.place.slots), cache.policy.log_n or 0, _words(cache.states), in_cache)
+    unpacked = 1 + cache.rotated_in_cache if cache.packed else 0
+    return (not piece.decodes, id(piece.place.slots), cache.policy.log_n or 0, _words(cache.states), unpacked)
 
 
 @functools.lru_cache

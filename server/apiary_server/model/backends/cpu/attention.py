@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -104,9 +106,7 @@ class Decode:
     def __init__(self) -> None:
         self._attend = library("decode").apiary_attend_decode
         self._attend.argtypes, self._attend.restype = [POINTER(_Decode)], c_int
-        self._run: DecodeRun | None = None  # whose layers are computed now
-        self._task: _Decode | None = None
-        self._slots = self._lengths = self._counts = self._turns = torch.empty(0)  # which the task points to
+        self._runs: WeakKeyDictionary[DecodeRun, _Run | None] = WeakKeyDictionary()
 
     def __call__(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
@@ -116,15 +116,12 @@ class Decode:
         Raises:
             MemoryError: there is none for one head's weights.
         """
-        if run is not self._run:
-            self._run, self._task = None, None  # should there be no memory for what follows
-            self._slots = torch.tensor(range(len(queries)) if run.slots is None else run.slots)
-            self._lengths = run.entries + 1
-            self._task = self._prepared(queries, keys, values, scale, run)
-            self._run = run
-        task = self._task
-        if task is None:
+        if run not in self._runs:
+            self._runs[run] = _prepared(queries, keys, values, scale, run)
+        prepared = self._runs[run]
+        if prepared is None:
             return decode(layer, queries, keys, values, scale, run)
+        task = prepared.task
         output = torch.empty(queries.shape)
         task.layer = layer
         task.queries = queries.data_ptr()
@@ -133,67 +130,6 @@ class Decode:
         if self._attend(byref(task)):
             raise MemoryError(f"no memory for the weights of {run.most} entries")
         return output
-
-    def _prepared(
-        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
-    ) -> _Decode | None:
-        """What is the same in all layers; None: the kernel does not read such tensors."""
-        if not _fit(queries, keys, values, run):
-            return None
-        cache, packed = run.cache, _Packed()
-        if cache.packed is not None and cache.packed.most:
-            unpacking = self._unpacking(cache.packed, run)
-            if unpacking is None:
-                return None
-            packed = unpacking
-        return _Decode(
-            rows=len(queries),
-            kv_heads=keys.shape[1],
-            group=queries.shape[1] // keys.shape[1],
-            dim=queries.shape[2],
-            bfloat16=cache.keys.dtype == torch.bfloat16,
-            states=len(run.states),
-            query_row=queries.stride(0),
-            new_key_row=keys.stride(0),
-            new_value_row=values.stride(0),
-            keys=cache.keys.data_ptr(),
-            values=cache.values.data_ptr(),
-            cache_layer=cache.keys.stride(1),
-            cache_slot=cache.keys.stride(0),
-            cache_head=cache.keys.stride(2),
-            slots=self._slots.data_ptr(),
-            lengths=self._lengths.data_ptr(),
-            seen=run.seen.data_ptr(),
-            longest=run.most,
-            scale=scale,
-            log_n=run.log_n or 0,
-            state=_states(run),
-            packed=packed,
-        )
-
-    def _unpacking(self, packed: Packed, run: DecodeRun) -> _Packed | None:
-        """How packed entries are read; None: the kernel does not read such."""
-        tensors = (*packed.tensors, run.cache.position)
-        if (
-            packed.rotary is None
-            or isinstance(packed.in_cache, Tensor)
-            or not isinstance(packed.count, Tensor)
-        ):
-            return None
-        if packed.rotary.dim != packed.channels.shape[-1] or packed.key_codes.shape[-1] % _LANES:
-            return None
-        if not all(tensor[0, 0, 0].is_contiguous() for tensor in tensors):
-            return None
-        self._counts = packed.count
-        self._turns = packed.rotary.turns(packed.most if packed.in_cache else int(run.seen.max()))
-        return _Packed(
-            *(_Part(t.data_ptr(), t.stride(1), t.stride(0), t.stride(2)) for t in tensors),
-            counts=self._counts.data_ptr(),
-            turns=self._turns.data_ptr(),
-            reach=len(self._turns),
-            bits=packed.bits,
-            in_cache=packed.in_cache,
-        )
 
 
 class Chunk:
@@ -245,6 +181,78 @@ class Chunk:
         if self._attend(byref(task)):
             raise MemoryError(f"no memory for the weights of {run.total} entries")
         return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What is the same in all layers of a run; `kept` is what it points to and the run does not have."""
+
+    task: _Decode
+    kept: tuple[Tensor, ...]
+
+
+def _prepared(queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun) -> _Run | None:
+    """None: the kernel does not read such tensors."""
+    if not _fit(queries, keys, values, run):
+        return None
+    cache, packed, turns = run.cache, _Packed(), torch.empty(0)
+    if cache.packed is not None and cache.packed.most:
+        unpacking = _unpacking(cache.packed, run)
+        if unpacking is None:
+            return None
+        packed, turns = unpacking
+    slots = torch.tensor(range(len(queries)) if run.slots is None else run.slots)
+    lengths = run.entries + 1
+    task = _Decode(
+        rows=len(queries),
+        kv_heads=keys.shape[1],
+        group=queries.shape[1] // keys.shape[1],
+        dim=queries.shape[2],
+        bfloat16=cache.keys.dtype == torch.bfloat16,
+        states=len(run.states),
+        query_row=queries.stride(0),
+        new_key_row=keys.stride(0),
+        new_value_row=values.stride(0),
+        keys=cache.keys.data_ptr(),
+        values=cache.values.data_ptr(),
+        cache_layer=cache.keys.stride(1),
+        cache_slot=cache.keys.stride(0),
+        cache_head=cache.keys.stride(2),
+        slots=slots.data_ptr(),
+        lengths=lengths.data_ptr(),
+        seen=run.seen.data_ptr(),
+        longest=run.most,
+        scale=scale,
+        log_n=run.log_n or 0,
+        state=_states(run),
+        packed=packed,
+    )
+    return _Run(task, (slots, lengths, turns))
+
+
+def _unpacking(packed: Packed, run: DecodeRun) -> tuple[_Packed, Tensor] | None:
+    """How packed entries are read, and the rotations to which that points; None: the kernel does not read
+    such."""
+    tensors = (*packed.tensors, run.cache.position)
+    if (
+        packed.rotary is None
+        or isinstance(packed.in_cache, Tensor)
+        or not isinstance(packed.count, Tensor)
+        or packed.rotary.dim != packed.channels.shape[-1]
+        or packed.key_codes.shape[-1] % _LANES
+        or not all(tensor[0, 0, 0].is_contiguous() for tensor in tensors)
+    ):
+        return None
+    turns = packed.rotary.turns(packed.most if packed.in_cache else int(run.seen.max()))
+    unpacking = _Packed(
+        *(_Part(t.data_ptr(), t.stride(1), t.stride(0), t.stride(2)) for t in tensors),
+        counts=packed.count.data_ptr(),
+        turns=turns.data_ptr(),
+        reach=len(turns),
+        bits=packed.bits,
+        in_cache=packed.in_cache,
+    )
+    return unpacking, turns
 
 
 def _states(run: DecodeRun | ChunkRun) -> ctypes.Array[_State]:

@@ -18,16 +18,18 @@ typedef struct {
 } Linear;
 
 /* What to ask of memory in the first round of a panel for a block of rows, and how much further in each round. The
-   first block reads the panel from memory and the others from the cache; so that memory never rests, all of them share
-   in asking for the panel behind it. */
+   first block reads the panel from memory and the others from the cache; so that memory never rests, all of them (the
+   first SHARING, of very many) share in asking for the panel behind it, so early that the first block never waits. */
 typedef struct {
     const char *at;
     int64_t step;
 } Ahead;
 
 static inline Ahead ahead(const void *panel, int64_t rounds, int64_t block, int64_t blocks) {
-    int64_t size = rounds * ROUND, step = ROUND / blocks;
-    return (Ahead){(const char *)panel + AHEAD + size - size / blocks + block * rounds * step, step};
+    enum { SHARING = 16 };
+    int64_t sharing = blocks < SHARING ? blocks : SHARING, size = rounds * ROUND, step = ROUND / sharing;
+    const char *first = (const char *)panel + AHEAD + size - size / sharing;
+    return block < sharing ? (Ahead){first + block * rounds * step, step} : (Ahead){first + size, 0};
 }
 
 /* Which of LANES outputs there are where so many are left. */

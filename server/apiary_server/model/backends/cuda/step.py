@@ -42,6 +42,7 @@ def decode_step(
         As `Decoder.hidden`, `[B, hidden]`.
     """
     tokens, positions, slots, entries, seen = inputs.unbind()
+    # slots are a tensor here, which `ByIndex` has: numbers of the host would be captured
     run = DecodeRun(slice(0, len(tokens)), cache, entries, seen, longest, states, log_n)
     by_index = replace(decoder, operations=ByIndex(slots, entries, longest))
     return by_index.hidden(tokens, positions, Batch(decodes=[run]))

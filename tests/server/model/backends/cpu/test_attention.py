@@ -142,14 +142,14 @@ def test_packed_entries_are_read_as_torch_operations_do(
 
 
 @pytest.mark.parametrize("slots", [[3, 1], [1, 2], [0, 2, 3], [2]], ids=str)
-@pytest.mark.parametrize("bits", [None, 4])
-def test_rows_lie_in_any_slots(slots: list[int], bits: int | None) -> None:
+@pytest.mark.parametrize(("bits", "in_cache"), [(None, True), (4, True), (4, False)])
+def test_rows_lie_in_any_slots(slots: list[int], bits: int | None, in_cache: bool) -> None:
     torch.manual_seed(0)
     shape, states = (9, 3, 64), (MASS, VOTES)
     queries, keys, values = (part[: len(slots)] for part in heads_of(shape))
     before, lengths = memory(*shape[1:], torch.float32, states), torch.tensor(LENGTHS)
     if bits is not None:
-        before = in_few_bits(before, bits, in_cache=True)
+        before = in_few_bits(before, bits, in_cache)
         assert before.packed is not None
         counts = torch.as_tensor(before.packed.count)
         lengths = lengths + counts
