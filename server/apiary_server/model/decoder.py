@@ -7,6 +7,7 @@ the model's own; so a stranger that only looks alike is served by its own module
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -96,7 +97,8 @@ class Decoder:
         if 2 * len(rotary.inv_freq) != head_dim:
             raise ForeignStructure("some dimensions are not rotated")
         return cls(
-            embed=model.get_input_embeddings(),
+            # a copy: what is left of the model would keep all of the file in memory that it is mapped from
+            embed=copy.deepcopy(model.get_input_embeddings()),
             layers=[_layer(layer, operations) for layer in layers],
             norm=_norm(base.norm),
             head=_joined(operations, [model.get_output_embeddings()]),

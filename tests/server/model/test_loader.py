@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -235,6 +237,18 @@ def test_a_backend_is_taken_by_name(tmp_path: Path) -> None:
         load(path, cpu, wide, wide, backend="cuda")
     with pytest.raises(UnservableModel, match="computes in float32"):
         load(path, cpu, torch.bfloat16, torch.bfloat16, backend="cpu")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell")
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_the_file_is_let_go(tmp_path: Path, weights: Literal["fp32", "int8"]) -> None:
+    """A backend has its own weights, and the memory of the file would come on top of them."""
+    path = tiny.save(tmp_path, tiny.config(tie_word_embeddings=True))
+    cpu = torch.device("cpu")
+    loaded = load(path, cpu, torch.float32, torch.float32, weights=weights)
+    gc.collect()
+    assert isinstance(loaded.backend, Cpu)
+    assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_what_is_known_of_a_model(tmp_path: Path) -> None:
