@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +13,14 @@ from apiary_client.cli.chat import _names
 
 from ..conftest import COMMAND, Run
 from ..fake_worker import FakeWorker, status
+
+# who runs the tests in the background has it ignored; this process has threads of gRPC, so that a fork of it
+# should run no Python before it becomes another
+_HEARS_CTRL_C = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 def test_each_line_is_a_turn(process: Run, worker: FakeWorker) -> None:
@@ -116,14 +125,12 @@ def test_ctrl_c_deletes_the_session(
     worker: FakeWorker, environment: dict[str, str], stdin: str | None
 ) -> None:
     process = subprocess.Popen(
-        [COMMAND, "chat"],
+        [sys.executable, "-c", _HEARS_CTRL_C, COMMAND, "chat"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
         text=True,
-        # who runs the tests in the background has it ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdin is not None
     assert process.stdout is not None

@@ -7,8 +7,8 @@ import os
 import pty
 import re
 import select
-import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -17,6 +17,16 @@ import pytest
 from ..conftest import COMMAND
 from ..fake_worker import FakeWorker
 
+# who runs the tests in the background has interrupts ignored; no Python should run in a fork of this process,
+# which has threads of gRPC
+_OWN_TERMINAL = """
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
 
 class Terminal:
     """Types into a chat and waits for what it shows."""
@@ -24,12 +34,11 @@ class Terminal:
     def __init__(self, environment: dict[str, str], *arguments: str) -> None:
         self._master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [COMMAND, "chat", *arguments],
+            [sys.executable, "-c", _OWN_TERMINAL, COMMAND, "chat", *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             env=environment | {"TERM": "dumb"},
-            preexec_fn=_own_terminal,
         )
         os.close(slave)
         self._shown = ""
@@ -66,15 +75,6 @@ class Terminal:
         self.process.kill()
         self.process.wait()
         os.close(self._master)
-
-
-def _own_terminal() -> None:
-    import fcntl
-    import termios
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # who runs the tests in the background has it ignored
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.fixture
