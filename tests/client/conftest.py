@@ -22,6 +22,16 @@ COMMAND = Path(sys.executable).with_name("apiary")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def hearing_ctrl_c(*command: str | Path, first: str = "") -> list[str | Path]:
+    """A command that hears interrupts, which whoever runs the tests in the background has ignored; `first` is
+    Python that runs before it.
+
+    Not Popen's `preexec_fn`: this process has threads of gRPC, so no Python should run in a fork of it.
+    """
+    lines = ["import os, signal, sys", "signal.signal(signal.SIGINT, signal.SIG_DFL)", first]
+    return [sys.executable, "-c", "\n".join([*lines, "os.execvp(sys.argv[1], sys.argv[1:])"]), *command]
+
+
 @pytest.fixture
 def worker() -> Iterator[FakeWorker]:
     """Start a fake worker for one test."""

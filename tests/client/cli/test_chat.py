@@ -5,22 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 
 from apiary_client.cli.chat import _names
 
-from ..conftest import COMMAND, Run
+from ..conftest import COMMAND, Run, hearing_ctrl_c
 from ..fake_worker import FakeWorker, status
-
-# who runs the tests in the background has it ignored; this process has threads of gRPC, so that a fork of it
-# should run no Python before it becomes another
-_HEARS_CTRL_C = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
 
 
 def test_each_line_is_a_turn(process: Run, worker: FakeWorker) -> None:
@@ -125,7 +116,7 @@ def test_ctrl_c_deletes_the_session(
     worker: FakeWorker, environment: dict[str, str], stdin: str | None
 ) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", _HEARS_CTRL_C, COMMAND, "chat"],
+        hearing_ctrl_c(COMMAND, "chat"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -8,24 +8,15 @@ import pty
 import re
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from ..conftest import COMMAND
+from ..conftest import COMMAND, hearing_ctrl_c
 from ..fake_worker import FakeWorker
 
-# who runs the tests in the background has interrupts ignored; no Python should run in a fork of this process,
-# which has threads of gRPC
-_OWN_TERMINAL = """
-import fcntl, os, signal, sys, termios
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.setsid()
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
+_OWN_TERMINAL = "import fcntl, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
 
 
 class Terminal:
@@ -34,7 +25,7 @@ class Terminal:
     def __init__(self, environment: dict[str, str], *arguments: str) -> None:
         self._master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _OWN_TERMINAL, COMMAND, "chat", *arguments],
+            hearing_ctrl_c(COMMAND, "chat", *arguments, first=_OWN_TERMINAL),
             stdin=slave,
             stdout=slave,
             stderr=slave,

@@ -12,7 +12,7 @@
 #define TARGET __attribute__((target("avx512f,fma")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-enum { ROWS = 8, SHARE = 64 };
+enum { SHARE = 64 };
 
 /* COLUMNS outputs of `rows` rows. */
 INLINE void block(const int rows, const int halves, const Linear *task, int64_t first, int64_t column,
@@ -65,16 +65,7 @@ INLINE void columns(const int halves, const Linear *task, int64_t column, int64_
     for (int64_t b = 0; b < blocks; b++, row += ROWS) {
         Ahead next = ahead(panel, halves ? task->inputs / 2 : task->inputs, b, blocks);
 #define BLOCK(ROWS_) block(ROWS_, halves, task, row, column, panel, next)
-        switch (end - row) {
-        default: BLOCK(8); break;
-        case 7: BLOCK(7); break;
-        case 6: BLOCK(6); break;
-        case 5: BLOCK(5); break;
-        case 4: BLOCK(4); break;
-        case 3: BLOCK(3); break;
-        case 2: BLOCK(2); break;
-        case 1: BLOCK(1); break;
-        }
+        BY_ROWS(end - row, BLOCK);
 #undef BLOCK
     }
 }

@@ -18,8 +18,6 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-enum { ROWS = 8 };
-
 /* One stage of a Hadamard transform, between lanes of a vector whose numbers differ in `bit`. */
 INLINE __m512 butterfly(__m512 x, int bit) {
     __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -128,16 +126,7 @@ TARGET static void columns(const Linear *task, int64_t column, int64_t quads, co
     for (int64_t b = 0, row = 0; b < blocks; b++, row += ROWS) {
         Ahead next = ahead(panel, quads, b, blocks);
 #define BLOCK(ROWS_) block(ROWS_, task, row, column, quads, panel, next, codes + row * quads * 4, scales + row)
-        switch (task->rows - row) {
-        default: BLOCK(8); break;
-        case 7: BLOCK(7); break;
-        case 6: BLOCK(6); break;
-        case 5: BLOCK(5); break;
-        case 4: BLOCK(4); break;
-        case 3: BLOCK(3); break;
-        case 2: BLOCK(2); break;
-        case 1: BLOCK(1); break;
-        }
+        BY_ROWS(task->rows - row, BLOCK);
 #undef BLOCK
     }
 }

@@ -32,6 +32,20 @@ static inline Ahead ahead(const void *panel, int64_t rounds, int64_t block, int6
     return block < sharing ? (Ahead){first + block * rounds * step, step} : (Ahead){first + size, 0};
 }
 
+/* Calls DO for a block of as many rows as are left, a constant, and ROWS at most. */
+enum { ROWS = 8 };
+#define BY_ROWS(left, DO)      \
+    switch (left) {            \
+    default: DO(ROWS); break;  \
+    case 7: DO(7); break;      \
+    case 6: DO(6); break;      \
+    case 5: DO(5); break;      \
+    case 4: DO(4); break;      \
+    case 3: DO(3); break;      \
+    case 2: DO(2); break;      \
+    case 1: DO(1); break;      \
+    }
+
 /* Which of LANES outputs there are where so many are left. */
 static inline uint16_t lanes(int64_t left) {
     return left >= LANES ? 0xffff : left > 0 ? (uint16_t)((1u << left) - 1) : 0;

@@ -81,11 +81,6 @@ class Panels:
             signs=_address(signs),
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight as it is kept."""
-        return self._weights.nbytes
-
     def __call__(self, rows: Tensor) -> Tensor:
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
