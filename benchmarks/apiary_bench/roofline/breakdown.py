@@ -19,6 +19,7 @@ from apiary_server.engine.delivery import Delivery
 from apiary_server.engine.loop import Loop
 from apiary_server.engine.result import Observer, StepStats
 from apiary_server.model.backends.cpu import linear, panels
+from apiary_server.model.backends.cpu.tape import Tape
 from apiary_server.model.detokenizer import Detokenizer
 from apiary_server.model.operations import Operations
 from apiary_server.model.runner import Piece, Runner
@@ -42,6 +43,8 @@ _WATCHED: tuple[tuple[Part, Any, str], ...] = (
     (Part.DELIVERY, Delivery, "send"),
     (Part.DELIVERY, Delivery, "flush"),
 )
+_KERNELS = {"float32_linear": Part.LINEAR, "int8_linear": Part.LINEAR, "attend_decode": Part.ATTENTION}
+"""Of those that a tape runs; the others are dispatch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,8 @@ class Breakdown(Observer):
 
     A step is one round of the engine's loop. The functions that the parts consist of are replaced by such as
     look at the clock when they begin and end; the time of one that another calls is the inner one's. That
-    takes about a microsecond a call, and there are a few hundred in a step.
+    takes about a microsecond a call, and there are a few hundred in a step, unless it is on a tape, which has
+    a clock of its own.
     """
 
     def __init__(self) -> None:
@@ -79,6 +83,7 @@ class Breakdown(Observer):
     def __enter__(self) -> Breakdown:
         for part, owner, name in _WATCHED:
             self._replace(owner, name, functools.partial(self._clocked, part))
+        self._replace(Tape, "__call__", self._played)
         self._replace(Runner, "run", self._loaded)
         self._replace(Loop, "step", self._whole)
         return self
@@ -119,6 +124,19 @@ class Breakdown(Observer):
                 self._running.pop()
 
         return clocked
+
+    def _played(self, play: Callable[[Tape, int], None]) -> Callable[[Tape, int], None]:
+        clocked = self._clocked(Part.DISPATCH, play)
+
+        def played(tape: Tape, rows: int) -> None:
+            clocked(tape, rows)
+            if self._thread == threading.get_ident():
+                for name, seconds in tape.seconds.items():
+                    part = _KERNELS.get(name, Part.DISPATCH)
+                    self._parts[part] = self._parts.get(part, 0.0) + seconds
+                    self._parts[Part.DISPATCH] -= seconds
+
+        return played
 
     def _loaded(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """The forward pass, which knows what it works on."""

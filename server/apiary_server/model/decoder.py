@@ -114,19 +114,38 @@ class Decoder:
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
         """As `Backend.forward`."""
-        return self.logits(self.hidden(tokens, positions, batch, keep))
+        return self.head(self.normed(self.embed(tokens), *self.turns(positions), keep, batch))
 
-    def hidden(self, tokens: Tensor, positions: Tensor, batch: Batch, keep: Tensor | None = None) -> Tensor:
-        """What the layers make of tokens: `[T, hidden]`, or of the rows `keep`, `[R, hidden]`.
+    def normed(self, rows: Tensor, cos: Tensor, sin: Tensor, keep: Tensor, batch: Batch) -> Tensor:
+        """All that comes after the embedding and `turns`, of which these are, `[T, hidden]` and
+        `[T, 1, head_dim / 2]`, and before the head: `[R, hidden]`. The rows are overwritten."""
+        return self.operations.add_norm(self.norm, *self._layers(rows, cos, sin, keep, batch))
 
-        The others need no more than to be in the last layer's cache.
-        """
-        cos, sin = self._turns(positions)
-        do, heads, kv = self.operations, self.query_heads, self.kv_heads
-        rows, more = self.embed(tokens), None
+    def hidden(self, tokens: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+        """What the layers make of tokens: `[T, hidden]`."""
+        rows, more = self._layers(self.embed(tokens), *self.turns(positions), None, batch)
+        return rows if more is None else rows.add_(more)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[R, hidden]` to `[R, vocab]`."""
+        return self.head(self.operations.add_norm(self.norm, hidden, None))
+
+    def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[T, 1, head_dim / 2]`, as transformers computes them: in float32."""
+        angles = positions[:, None, None].float() * self.inv_freq
+        dtype = self.norm.weight.dtype
+        return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
+
+    def _layers(
+        self, rows: Tensor, cos: Tensor, sin: Tensor, keep: Tensor | None, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows of the residual stream, and what is still to be added to them: of all tokens, or of those that
+        are kept. The others need no more than to be in the last layer's cache."""
+        do, heads, kv, count = self.operations, self.query_heads, self.kv_heads, len(rows)
+        more = None
         for number, layer in enumerate(self.layers):
             qkv = layer.qkv(do.add_norm(layer.attention_norm, rows, more))
-            qkv = qkv.view(len(tokens), -1, self.head_dim)
+            qkv = qkv.view(count, -1, self.head_dim)
             if layer.q_norm is not None and layer.k_norm is not None:
                 queries, keys = qkv[:, :heads], qkv[:, heads : heads + kv]
                 qk = torch.cat([layer.q_norm(queries), layer.k_norm(keys)], dim=1)
@@ -134,23 +153,13 @@ class Decoder:
                 qk = qkv[:, : heads + kv]
             queries, keys = do.rotate(qk, cos, sin).split((heads, kv), dim=1)
             values = qkv[:, heads + kv :]
-            attended = do.attend(number, queries, keys, values, self.scale, batch)
+            attended = do.attend(number, queries, keys, values, self.scale, batch).flatten(1)
             if keep is not None and number == len(self.layers) - 1:
-                rows, attended = rows[keep], attended[keep]
-            more = layer.output(attended.flatten(1))
+                rows, attended = do.take(rows, keep), do.take(attended, keep)
+            more = layer.output(attended)
             gate_up = layer.gate_up(do.add_norm(layer.mlp_norm, rows, more))
             more = layer.down(do.gated(gate_up, self.activation))
-        return rows if more is None else rows.add_(more)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[R, hidden]` to `[R, vocab]`."""
-        return self.head(self.operations.add_norm(self.norm, hidden, None))
-
-    def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[T, 1, head_dim / 2]`, as transformers computes them: in float32."""
-        angles = positions[:, None, None].float() * self.inv_freq
-        dtype = self.norm.weight.dtype
-        return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
+        return rows, more
 
 
 def _check(layer: nn.Module) -> None:

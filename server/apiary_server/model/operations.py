@@ -49,6 +49,10 @@ class Operations:
         gate, up = gate_up.chunk(2, dim=-1)
         return activation(gate) * up
 
+    def take(self, rows: Tensor, index: Tensor) -> Tensor:
+        """Of contiguous rows `[T, size]` those of an index int64 `[R]`."""
+        return rows[index]
+
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, batch: Batch
     ) -> Tensor:

@@ -13,6 +13,7 @@ from apiary_bench.roofline.breakdown import Breakdown
 from apiary_bench.roofline.floor import Load
 from apiary_bench.roofline.part import Part
 from apiary_server.engine.loop import Loop
+from apiary_server.model.backends.cpu.tape import Tape
 from apiary_server.model.runner import Runner
 from tests.benchmarks.engine.small import workbench
 from tests.benchmarks.engine.test_steps import stats
@@ -90,7 +91,8 @@ def test_time_within_another_part_is_the_inner_one_s(monkeypatch: pytest.MonkeyP
 
 
 def test_everything_is_as_it_was_afterwards() -> None:
-    watched = [*((owner, name) for _, owner, name in breakdown._WATCHED), (Runner, "run"), (Loop, "step")]
+    watched = [(owner, name) for _, owner, name in breakdown._WATCHED]
+    watched += [(Tape, "__call__"), (Runner, "run"), (Loop, "step")]
     before = [vars(owner)[name] for owner, name in watched]
     with Breakdown():
         assert all(vars(owner)[name] is not old for (owner, name), old in zip(watched, before, strict=True))

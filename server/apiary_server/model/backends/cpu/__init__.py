@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apiary_server.model.attention import Batch
-from apiary_server.model.backends.cpu.operations import fastest
+from apiary_server.model.backends.cpu.operations import Kernels, fastest
+from apiary_server.model.backends.cpu.step import DecodeStep, by_kernels
 from apiary_server.model.decoder import Decoder, ForeignStructure
 
 
@@ -29,7 +30,11 @@ class Cpu:
             raise ForeignStructure(
                 f"the backend cpu computes in float32, and not in {model.dtype} on {model.device}"
             )
-        self._decoder = Decoder.of(model, fastest(weights))
+        operations = fastest(weights)
+        self._decoder = Decoder.of(model, operations)
+        self._step = None
+        if isinstance(operations, Kernels) and by_kernels(self._decoder):
+            self._step = DecodeStep(self._decoder, operations)
 
     @property
     def device(self) -> torch.device:
@@ -40,4 +45,7 @@ class Cpu:
         return torch.float32
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
+        step = self._step
+        if step is not None and step.takes(keep, batch):
+            return step(tokens, positions, keep, batch)
         return self._decoder.forward(tokens, positions, keep, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apiary_server.model.attention import ChunkRun, DecodeRun, chunk, decode
-from apiary_server.model.backends.cpu.library import library
+from apiary_server.model.backends.cpu.kernel import Kernel
 from buzz import MAX_STATES
 from buzz.quant import Packed
 
@@ -47,31 +47,34 @@ class _Packed(ctypes.Structure):
     )
 
 
+class _Run(ctypes.Structure):
+    """As in `decode.c`."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("kv_heads", "dim", "bfloat16", "states")),
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int64) for name in ("cache_layer", "cache_slot", "cache_head")),
+        *((name, c_void_p) for name in ("slots", "lengths", "seen")),
+        ("longest", c_int64),
+        ("log_n", c_float),
+        ("state", _State * MAX_STATES),
+        ("packed", _Packed),
+    )
+
+
 class _Decode(ctypes.Structure):
     """As in `decode.c`."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("layer", "rows", "kv_heads", "group", "dim", "bfloat16", "states")),
+        ("rows", c_int64),
+        ("run", POINTER(_Run)),
+        *((name, c_int64) for name in ("layer", "group")),
         ("queries", c_void_p),
         ("query_row", c_int64),
-        ("new_keys", c_void_p),
-        ("new_values", c_void_p),
-        ("new_key_row", c_int64),
-        ("new_value_row", c_int64),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("cache_layer", c_int64),
-        ("cache_slot", c_int64),
-        ("cache_head", c_int64),
-        ("slots", c_void_p),
-        ("lengths", c_void_p),
-        ("seen", c_void_p),
+        *((name, c_void_p) for name in ("new_keys", "new_values")),
+        *((name, c_int64) for name in ("new_key_row", "new_value_row")),
         ("output", c_void_p),
-        ("longest", c_int64),
         ("scale", c_float),
-        ("log_n", c_float),
-        ("state", _State * MAX_STATES),
-        ("packed", _Packed),
     )
 
 
@@ -81,7 +84,7 @@ class _Chunk(ctypes.Structure):
     _fields_ = (
         *(
             (name, c_int64)
-            for name in ("layer", "tokens", "entries", "kv_heads", "group", "dim", "bfloat16", "states")
+            for name in ("tokens", "layer", "entries", "kv_heads", "group", "dim", "bfloat16", "states")
         ),
         ("queries", c_void_p),
         ("query_row", c_int64),
@@ -104,9 +107,19 @@ class Decode:
     """
 
     def __init__(self) -> None:
-        self._attend = library("decode").apiary_attend_decode
-        self._attend.argtypes, self._attend.restype = [POINTER(_Decode)], c_int
-        self._runs: WeakKeyDictionary[DecodeRun, _Run | None] = WeakKeyDictionary()
+        self._attend = Kernel("decode", "attend_decode")
+        self._prepared: WeakKeyDictionary[DecodeRun, _Prepared | None] = WeakKeyDictionary()
+        self._run = _Run()  # to which all tasks point
+
+    def load(self, run: DecodeRun) -> bool:
+        """Have this run's caches read by what follows, a tape that is played included; whether the kernel
+        reads such."""
+        if run not in self._prepared:
+            self._prepared[run] = _prepare(run)
+        prepared = self._prepared[run]
+        if prepared is not None:
+            ctypes.pointer(self._run)[0] = prepared.run
+        return prepared is not None
 
     def __call__(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
@@ -116,19 +129,25 @@ class Decode:
         Raises:
             MemoryError: there is none for one head's weights.
         """
-        if run not in self._runs:
-            self._runs[run] = _prepared(queries, keys, values, scale, run)
-        prepared = self._runs[run]
-        if prepared is None:
+        if not (_fit(queries, keys, values) and self.load(run)):
             return decode(layer, queries, keys, values, scale, run)
-        task = prepared.task
-        output = torch.empty(queries.shape)
-        task.layer = layer
-        task.queries = queries.data_ptr()
-        task.output = output.data_ptr()
-        task.new_keys, task.new_values = keys.data_ptr(), values.data_ptr()
-        if self._attend(byref(task)):
-            raise MemoryError(f"no memory for the weights of {run.most} entries")
+        output = self._attend.output(*queries.shape)
+        self._attend(
+            _Decode(
+                rows=len(queries),
+                run=ctypes.pointer(self._run),
+                layer=layer,
+                group=queries.shape[1] // keys.shape[1],
+                queries=queries.data_ptr(),
+                query_row=queries.stride(0),
+                new_keys=keys.data_ptr(),
+                new_values=values.data_ptr(),
+                new_key_row=keys.stride(0),
+                new_value_row=values.stride(0),
+                output=output.data_ptr(),
+                scale=scale,
+            )
+        )
         return output
 
 
@@ -140,8 +159,7 @@ class Chunk:
     """
 
     def __init__(self) -> None:
-        self._attend = library("chunk").apiary_attend_chunk
-        self._attend.argtypes, self._attend.restype = [POINTER(_Chunk)], c_int
+        self._attend = Kernel("chunk", "attend_chunk")
 
     def __call__(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: ChunkRun
@@ -151,13 +169,13 @@ class Chunk:
         Raises:
             MemoryError: there is none for a tile's weights.
         """
-        if not _fit(queries, keys, values, run):
+        if not (_fit(queries, keys, values) and _readable(run)):
             return chunk(layer, queries, keys, values, scale, run)
         new = (part.transpose(0, 1) for part in (keys, values))
         cache_keys, cache_values = run.cache.extend(layer, run.entries, *new)
         tokens, query_heads, dim = queries.shape
         kv_heads = keys.shape[1]
-        output = torch.empty(queries.shape)
+        output = self._attend.output(*queries.shape)
         task = _Chunk(
             layer=layer,
             tokens=tokens,
@@ -178,22 +196,21 @@ class Chunk:
             log_n=run.log_n or 0,
             state=_states(run),
         )
-        if self._attend(byref(task)):
-            raise MemoryError(f"no memory for the weights of {run.total} entries")
+        self._attend(task)
         return output
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """What is the same in all layers of a run; `kept` is what it points to and the run does not have."""
+class _Prepared:
+    """`kept` is what the run points to and the `DecodeRun` does not have."""
 
-    task: _Decode
+    run: _Run
     kept: tuple[Tensor, ...]
 
 
-def _prepared(queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun) -> _Run | None:
-    """None: the kernel does not read such tensors."""
-    if not _fit(queries, keys, values, run):
+def _prepare(run: DecodeRun) -> _Prepared | None:
+    """None: the kernel does not read such caches."""
+    if not _readable(run):
         return None
     cache, packed, turns = run.cache, _Packed(), torch.empty(0)
     if cache.packed is not None and cache.packed.most:
@@ -201,18 +218,13 @@ def _prepared(queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: 
         if unpacking is None:
             return None
         packed, turns = unpacking
-    slots = torch.tensor(range(len(queries)) if run.slots is None else run.slots)
+    slots = torch.tensor(range(len(run.entries)) if run.slots is None else run.slots)
     lengths = run.entries + 1
-    task = _Decode(
-        rows=len(queries),
-        kv_heads=keys.shape[1],
-        group=queries.shape[1] // keys.shape[1],
-        dim=queries.shape[2],
+    prepared = _Run(
+        kv_heads=cache.keys.shape[2],
+        dim=cache.keys.shape[4],
         bfloat16=cache.keys.dtype == torch.bfloat16,
         states=len(run.states),
-        query_row=queries.stride(0),
-        new_key_row=keys.stride(0),
-        new_value_row=values.stride(0),
         keys=cache.keys.data_ptr(),
         values=cache.values.data_ptr(),
         cache_layer=cache.keys.stride(1),
@@ -222,12 +234,11 @@ def _prepared(queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: 
         lengths=lengths.data_ptr(),
         seen=run.seen.data_ptr(),
         longest=run.most,
-        scale=scale,
         log_n=run.log_n or 0,
         state=_states(run),
         packed=packed,
     )
-    return _Run(task, (slots, lengths, turns))
+    return _Prepared(prepared, (slots, lengths, turns))
 
 
 def _unpacking(packed: Packed, run: DecodeRun) -> tuple[_Packed, Tensor] | None:
@@ -267,12 +278,16 @@ def _states(run: DecodeRun | ChunkRun) -> ctypes.Array[_State]:
     return states
 
 
-def _fit(queries: Tensor, keys: Tensor, values: Tensor, run: DecodeRun | ChunkRun) -> bool:
-    """Whether the kernels read such tensors."""
-    dim, cache = queries.shape[-1], run.cache
+def _fit(*heads: Tensor) -> bool:
+    """Whether the kernels read such queries, keys and values."""
+    return all(part.dtype == torch.float32 and part.stride()[1:] == (part.shape[-1], 1) for part in heads)
+
+
+def _readable(run: DecodeRun | ChunkRun) -> bool:
+    """Whether the kernels read such caches."""
+    cache = run.cache
     return (
-        all(part.dtype == torch.float32 and part.stride()[1:] == (dim, 1) for part in (queries, keys, values))
-        and cache.keys.dtype in _CACHES
+        cache.keys.dtype in _CACHES
         and len(run.states) <= MAX_STATES
         and all(state.element_size() == 4 for state in cache.state.values())
     )

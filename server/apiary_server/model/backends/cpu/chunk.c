@@ -12,7 +12,7 @@ enum { KEYS = 2 * LANES, DOTS = 8, SUMS = 6, WIDTH = 4 * LANES, VALUES = 128, TI
 
 /* Strides count elements. The last dimension of all tensors is contiguous. */
 typedef struct {
-    int64_t layer, tokens, entries, kv_heads, group, dim, bfloat16, states; /* entries: the tokens' included */
+    int64_t tokens, layer, entries, kv_heads, group, dim, bfloat16, states; /* entries: the tokens' included */
     const float *queries; /* [tokens, kv_heads * group, dim] */
     int64_t query_row;
     const void *keys, *values; /* [kv_heads, entries, dim] */

@@ -14,24 +14,32 @@ enum { GROUP = 4, KEYS = 4, PARTS = 4, LINE = 64, AHEAD = 4096, TILE = 32, ROOM 
 
 typedef float Quad __attribute__((vector_size(KEYS * 4), aligned(4), may_alias));
 
-/* Strides count elements. The last dimension of all tensors is contiguous. */
+/* The caches of a step, the same in all layers. Strides count elements. The last dimension of all tensors is
+   contiguous. */
 typedef struct {
-    int64_t layer, rows, kv_heads, group, dim, bfloat16, states;
-    const float *queries; /* [rows, kv_heads * group, dim] */
-    int64_t query_row;
-    const float *new_keys, *new_values; /* [rows, kv_heads, dim]: to be written as the last entries */
-    int64_t new_key_row, new_value_row;
+    int64_t kv_heads, dim, bfloat16, states;
     void *keys, *values; /* [layers, slots, kv_heads, entries, dim], in any order of the first three */
     int64_t cache_layer, cache_slot, cache_head;
     const int64_t *slots;   /* [rows]: where a row's entries are, here and in `state` and `packed` */
     const int64_t *lengths; /* [rows]: entries, the packed ones, which are not in `keys`, included */
     const int64_t *seen;    /* [rows] */
-    float *output;          /* [rows, kv_heads * group, dim], contiguous */
     int64_t longest;
-    float scale;
     float log_n; /* 0: none */
     State state[MOST_STATES];
     Packed packed;
+} Run;
+
+/* A layer of a step. */
+typedef struct {
+    int64_t rows;
+    const Run *run;
+    int64_t layer, group;
+    const float *queries; /* [rows, kv_heads * group, dim] */
+    int64_t query_row;
+    const float *new_keys, *new_values; /* [rows, kv_heads, dim]: to be written as the last entries */
+    int64_t new_key_row, new_value_row;
+    float *output; /* [rows, kv_heads * group, dim], contiguous */
+    float scale;
 } Decode;
 
 INLINE void write(const float *restrict from, void *restrict memory, int64_t at, int64_t dim, int bfloat16) {
@@ -186,31 +194,32 @@ FOR_EACH_PROCESSOR static void combines(int64_t heads, int64_t dim, int64_t bflo
 
 /* One KV head of one row. `room` is for ROOM * dim floats. */
 FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *restrict weights, float *restrict room) {
-    int64_t row = item / task->kv_heads, head = item % task->kv_heads, layer = task->layer, group = task->group;
-    int64_t slot = task->slots[row];
-    int64_t dim = task->dim, bfloat16 = task->bfloat16, size = bfloat16 ? 2 : 4;
-    int64_t entries = task->lengths[row], packed = task->packed.counts ? task->packed.counts[row] : 0;
+    const Run *run = task->run;
+    int64_t row = item / run->kv_heads, head = item % run->kv_heads, layer = task->layer, group = task->group;
+    int64_t slot = run->slots[row];
+    int64_t dim = run->dim, bfloat16 = run->bfloat16, size = bfloat16 ? 2 : 4;
+    int64_t entries = run->lengths[row], packed = run->packed.counts ? run->packed.counts[row] : 0;
     int64_t dense = entries - packed;
-    int64_t cache = (layer * task->cache_layer + slot * task->cache_slot + head * task->cache_head) * size;
+    int64_t cache = (layer * run->cache_layer + slot * run->cache_slot + head * run->cache_head) * size;
     const float *queries = task->queries + row * task->query_row + head * group * dim;
-    char *keys = (char *)task->keys + cache, *values = (char *)task->values + cache;
-    float *output = task->output + (row * task->kv_heads + head) * group * dim, scale = task->scale;
-    if (task->log_n) scale *= fmaxf(1.0f, logf((float)entries) / logf(task->log_n));
+    char *keys = (char *)run->keys + cache, *values = (char *)run->values + cache;
+    float *output = task->output + (row * run->kv_heads + head) * group * dim, scale = task->scale;
+    if (run->log_n) scale *= fmaxf(1.0f, logf((float)entries) / logf(run->log_n));
     write(task->new_keys + row * task->new_key_row + head * dim, keys, (dense - 1) * dim, dim, (int)bfloat16);
     write(task->new_values + row * task->new_value_row + head * dim, values, (dense - 1) * dim, dim, (int)bfloat16);
     for (int64_t first = 0, count; first < packed; first += count) {
         count = packed - first < TILE ? packed - first : TILE;
-        unpack_keys(dim, &task->packed, layer, slot, head, first, count, room + TILE * dim, room);
+        unpack_keys(dim, &run->packed, layer, slot, head, first, count, room + TILE * dim, room);
         dots(group, dim, 0, queries, room, count, weights + first, entries);
     }
     dots(group, dim, bfloat16, queries, keys, dense, weights + packed, entries);
     for (int64_t g = 0; g < group; g++) softmax(weights + g * entries, entries, scale);
-    for (int64_t s = 0; s < task->states; s++)
-        record(&task->state[s], layer, slot, head, group, entries, task->seen[row], weights);
+    for (int64_t s = 0; s < run->states; s++)
+        record(&run->state[s], layer, slot, head, group, entries, run->seen[row], weights);
     memset(output, 0, group * dim * sizeof *output);
     for (int64_t first = 0, count; first < packed; first += count) {
         count = packed - first < TILE ? packed - first : TILE;
-        unpack_values(dim, &task->packed, layer, slot, head, first, count, room + TILE * dim, room);
+        unpack_values(dim, &run->packed, layer, slot, head, first, count, room + TILE * dim, room);
         combines(group, dim, 0, weights + first, entries, room, count, output);
     }
     combines(group, dim, bfloat16, weights + packed, entries, values, dense, output);
@@ -222,11 +231,11 @@ int apiary_attend_decode(const Decode *task) {
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
-        float *weights = malloc(sizeof(float) * task->group * task->longest);
-        float *room = malloc(sizeof(float) * ROOM * task->dim);
+        float *weights = malloc(sizeof(float) * task->group * task->run->longest);
+        float *room = malloc(sizeof(float) * ROOM * task->run->dim);
         failed = weights == NULL || room == NULL;
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < task->rows * task->kv_heads; item++)
+        for (int64_t item = 0; item < task->rows * task->run->kv_heads; item++)
             if (!failed) work(task, item, weights, room);
         free(weights);
         free(room);

@@ -5,6 +5,33 @@
 
 enum { MANY = 1 << 16 };
 
+typedef struct {
+    int64_t rows, size;
+    float *input; /* [rows, size], contiguous */
+    const float *more, *weight;
+    float *output;
+    float eps;
+} Norm;
+
+typedef struct {
+    int64_t rows, heads, half, stride;
+    float *input; /* [rows.., heads.., 2 * half], rows `stride` apart */
+    const float *cosines, *sines; /* [rows, half] */
+} Rotate;
+
+typedef struct {
+    int64_t rows, size;
+    const float *input; /* [rows, 2 * size], contiguous */
+    float *output;
+} Gate;
+
+typedef struct {
+    int64_t rows, size;
+    const float *input; /* [.., size], contiguous */
+    const int64_t *index;
+    float *output;
+} Take;
+
 FOR_EACH_PROCESSOR static void norm(int64_t size, float *restrict row, const float *restrict more,
                                     const float *restrict weight, float eps, float *restrict output) {
     float sum = 0;
@@ -15,12 +42,14 @@ FOR_EACH_PROCESSOR static void norm(int64_t size, float *restrict row, const flo
     for (int64_t i = 0; i < size; i++) output[i] = row[i] * factor * weight[i];
 }
 
-/* rows += more, where there is more; output = rows / rms(rows) * weight. All `[rows, size]`, contiguous. */
-void apiary_norm(int64_t count, int64_t size, float *rows, const float *more, const float *weight, float eps,
-                 float *output) {
-#pragma omp parallel for if (count * size >= MANY)
-    for (int64_t r = 0; r < count; r++)
-        norm(size, rows + r * size, more ? more + r * size : NULL, weight, eps, output + r * size);
+/* input += more, where there is more; output = input / rms(input) * weight. */
+int apiary_norm(const Norm *task) {
+    int64_t size = task->size;
+#pragma omp parallel for if (task->rows * size >= MANY)
+    for (int64_t r = 0; r < task->rows; r++)
+        norm(size, task->input + r * size, task->more ? task->more + r * size : NULL, task->weight, task->eps,
+             task->output + r * size);
+    return 0;
 }
 
 FOR_EACH_PROCESSOR static void rotate(int64_t heads, int64_t half, float *restrict row, const float *restrict cosines,
@@ -33,21 +62,31 @@ FOR_EACH_PROCESSOR static void rotate(int64_t heads, int64_t half, float *restri
         }
 }
 
-/* Rotates the first `heads` of each row `[heads.., 2 * half]` in place, rows `stride` apart; cosines and sines
-   are `[rows, half]`. */
-void apiary_rotate(int64_t count, int64_t heads, int64_t half, int64_t stride, float *rows, const float *cosines,
-                   const float *sines) {
-#pragma omp parallel for if (count * heads * half >= MANY)
-    for (int64_t r = 0; r < count; r++)
-        rotate(heads, half, rows + r * stride, cosines + r * half, sines + r * half);
+/* Rotates the first `heads` of each row in place. */
+int apiary_rotate(const Rotate *task) {
+    int64_t half = task->half;
+#pragma omp parallel for if (task->rows * task->heads * half >= MANY)
+    for (int64_t r = 0; r < task->rows; r++)
+        rotate(task->heads, half, task->input + r * task->stride, task->cosines + r * half, task->sines + r * half);
+    return 0;
 }
 
 FOR_EACH_PROCESSOR static void gate(int64_t size, const float *restrict row, float *restrict output) {
     for (int64_t i = 0; i < size; i++) output[i] = row[i] / (1.0f + exponential(-row[i])) * row[size + i];
 }
 
-/* output = silu(rows[:, :size]) * rows[:, size:], rows `[rows, 2 * size]`. */
-void apiary_gate(int64_t count, int64_t size, const float *rows, float *output) {
-#pragma omp parallel for if (count * size >= MANY)
-    for (int64_t r = 0; r < count; r++) gate(size, rows + r * 2 * size, output + r * size);
+/* output = silu(input[:, :size]) * input[:, size:] */
+int apiary_gate(const Gate *task) {
+    int64_t size = task->size;
+#pragma omp parallel for if (task->rows * size >= MANY)
+    for (int64_t r = 0; r < task->rows; r++) gate(size, task->input + r * 2 * size, task->output + r * size);
+    return 0;
+}
+
+/* output = input[index] */
+int apiary_take(const Take *task) {
+    int64_t size = task->size;
+    for (int64_t r = 0; r < task->rows; r++)
+        memcpy(task->output + r * size, task->input + task->index[r] * size, size * sizeof(float));
+    return 0;
 }

@@ -21,6 +21,9 @@ from apiary_server.model.operations import Linear, Norm, Operations
 
 _log = structlog.get_logger(__name__)
 
+SILU = (SiLU, SiLUActivation)
+"""Activations that `Kernels` has a kernel for."""
+
 
 class Products(Operations):
     """Torch's operations, but for linear layers.
@@ -39,6 +42,9 @@ class Products(Operations):
 class Kernels(Products):
     """Everything by a kernel.
 
+    Attributes:
+        decoding: attention of sessions that decode.
+
     Raises:
         OSError: they were not built.
     """
@@ -46,7 +52,7 @@ class Kernels(Products):
     def __init__(self, make: Callable[[Tensor, Tensor | None], Linear]) -> None:
         super().__init__(make)
         self._elementwise = Elementwise()
-        self._decode, self._chunk = Decode(), Chunk()
+        self.decoding, self._chunk = Decode(), Chunk()
         moving.register()
 
     def add_norm(self, norm: Norm, rows: Tensor, more: Tensor | None) -> Tensor:
@@ -55,15 +61,18 @@ class Kernels(Products):
     def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return self._elementwise.rotate(heads, cos, sin)
 
+    def take(self, rows: Tensor, index: Tensor) -> Tensor:
+        return self._elementwise.take(rows, index)
+
     def gated(self, gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        if isinstance(activation, (SiLU, SiLUActivation)):
+        if isinstance(activation, SILU):
             return self._elementwise.gate(gate_up)
         return super().gated(gate_up, activation)
 
     def decode(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
     ) -> Tensor:
-        return self._decode(layer, queries, keys, values, scale, run)
+        return self.decoding(layer, queries, keys, values, scale, run)
 
     def chunk(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: ChunkRun

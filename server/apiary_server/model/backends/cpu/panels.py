@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, byref, c_int, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from apiary_server.model.backends.cpu.kernel import Kernel
 from apiary_server.model.backends.cpu.library import library
 from apiary_server.model.backends.cpu.pages import HugePages
 
@@ -64,8 +65,7 @@ class Panels:
         offsets: Tensor | None = None,
         signs: Tensor | None = None,
     ) -> None:
-        self._linear = library(kernel)[f"apiary_{kernel}_linear"]
-        self._linear.argtypes, self._linear.restype = [POINTER(_Linear)], c_int
+        self._linear = Kernel(kernel, f"{kernel}_linear")
         outputs, inputs = shape
         self._bias = None if bias is None else pad(bias, (0, -outputs % COLUMNS))
         self._weights = (memory or HugePages()).keep(weights)
@@ -85,12 +85,11 @@ class Panels:
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
         task = self._task
-        output = torch.empty(len(rows), task.outputs)
+        output = self._linear.output(len(rows), task.outputs)
         task.rows = len(rows)
         task.input, task.input_row = rows.data_ptr(), rows.stride(0)
         task.output = output.data_ptr()
-        if self._linear(byref(task)):
-            raise MemoryError(f"no memory for the codes of {len(rows)} rows")
+        self._linear(task)
         return output
 
 
