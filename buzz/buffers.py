@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from buzz.eight_bits import rounded, widened
 from buzz.policy import State
 from buzz.quant import Packed
+from buzz.rotary import Rotary
+
+Index = int | slice | Tensor
 
 
 @dataclass
@@ -21,11 +25,12 @@ class Buffers:
     `keys[:, :, i - packed]`. A leading dimension of B sessions may come before all shapes.
 
     Attributes:
-        keys: floating `[L, H, D, head_dim]`, rotated: the entries that are not packed.
-        values: floating `[L, H, D, head_dim]`.
+        keys: floating `[L, H, D, head_dim]`, rotated: the entries that are not packed. Or int8, see `scales`.
+        values: the same.
         position: int32 `[L, H, C]`, each entry's original token position.
         state: by name, `[L, H, C]`: what policies declared in `states`; others are not touched.
         packed: memory for quantised entries; required by policies that quantise.
+        scales: float32 `[2, L, H, D]`, of keys and of values, where these are int8: see `buzz.eight_bits`.
     """
 
     keys: Tensor
@@ -33,6 +38,7 @@ class Buffers:
     position: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
     packed: Packed | None = None
+    scales: Tensor | None = None
 
     @classmethod
     def empty(
@@ -55,7 +61,7 @@ class Buffers:
             kv_heads: H.
             capacity: entries that fit, C.
             head_dim: of keys and values.
-            dtype: of keys and values; masses are float32, or float64 where it is.
+            dtype: of keys and values, floating or int8; masses are float32, or float64 where it is.
             device: where the memory lies.
             states: which states there are.
             bits: for policies that quantise, how many bits they ask for.
@@ -68,13 +74,17 @@ class Buffers:
         """
         shapes = cls.shapes(layers, kv_heads, capacity, head_dim, dtype, bits, packed, dense)
         tensors = {name: torch.zeros(shape, dtype=kind, device=device) for name, kind, shape in shapes}
-        position, wide = tensors["position"], {torch.float32: torch.promote_types(dtype, torch.float32)}
+        position, wide = (
+            tensors["position"],
+            {torch.float32: torch.promote_types(_read_as(dtype), torch.float32)},
+        )
         return cls(
             keys=tensors["keys"],
             values=tensors["values"],
             position=position,
             state={s.name: torch.zeros_like(position, dtype=wide.get(s.dtype, s.dtype)) for s in states},
             packed=None if bits is None else Packed.of(tensors),
+            scales=tensors.get("scales"),
         )
 
     @staticmethod
@@ -101,6 +111,7 @@ class Buffers:
             ("keys", dtype, entries),
             ("values", dtype, entries),
             ("position", torch.int32, (layers, kv_heads, capacity)),
+            *([("scales", torch.float32, (2, *entries[:-1]))] if dtype == torch.int8 else []),
             *([] if bits is None else Packed.shapes(layers, kv_heads, packed, head_dim, bits)),
         ]
 
@@ -115,17 +126,31 @@ class Buffers:
         return self.keys.shape[-2]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which entries are read unless asked otherwise: the memory's, float32 of such in eight bits."""
+        return _read_as(self.keys.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         packed = () if self.packed is None else self.packed.tensors
-        tensors = (self.keys, self.values, self.position, *self.state.values(), *packed)
+        scales = () if self.scales is None else (self.scales,)
+        tensors = (self.keys, self.values, self.position, *self.state.values(), *packed, *scales)
         return sum(tensor.nbytes for tensor in tensors)
 
     def map(self, view: Callable[[Tensor], Tensor]) -> Buffers:
         """The same memory with each tensor seen otherwise; nothing packed is in use."""
         state = {name: view(tensor) for name, tensor in self.state.items()}
         packed = None if self.packed is None else self.packed.map(view)
-        return Buffers(view(self.keys), view(self.values), view(self.position), state, packed)
+        scales = None if self.scales is None else view(self.scales)
+        return Buffers(view(self.keys), view(self.values), view(self.position), state, packed, scales)
+
+    def split(self, sessions: int) -> Buffers:
+        """Of memory of so many sessions' layers, one session's behind the other's, that with a leading
+        dimension of sessions."""
+        scales = None if self.scales is None else self.scales.unflatten(1, (sessions, -1)).transpose(0, 1)
+        rest = replace(self, scales=None).map(lambda tensor: tensor.unflatten(0, (sessions, -1)))
+        return replace(rest, scales=scales)
 
     def of_sessions(self, index: int | slice) -> Buffers:
         """Of memory of several sessions, that of one, or of some; nothing packed is in use."""
@@ -142,6 +167,8 @@ class Buffers:
         dense = n - packed
         self.keys[:, :, :dense] = source.keys[:, :, :dense]
         self.values[:, :, :dense] = source.values[:, :, :dense]
+        if self.scales is not None and source.scales is not None:
+            self.scales[..., :dense] = source.scales[..., :dense]
         self.copy_records(source, n)
         if packed and self.packed is not None and source.packed is not None:
             self.packed.copy_from(source.packed, packed)
@@ -174,6 +201,46 @@ class Buffers:
                 f"{self.packed.capacity if self.packed else 0} and {self.dense}"
             )
 
+    def write(self, at: tuple[Index, ...], keys: Tensor, values: Tensor) -> None:
+        """Write entries that are not packed to `keys[at]` and `values[at]`."""
+        for number, (memory, new) in enumerate(((self.keys, keys), (self.values, values))):
+            if self.scales is None:
+                memory[at] = new.to(memory.dtype)
+            else:
+                memory[at], self.scales.select(-4, number)[at] = rounded(new)
+
+    def dense_at(self, at: tuple[Index, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What `write` wrote there, in `dtype`: views where nothing is converted."""
+        memories = (self.keys, self.values)
+        if self.scales is None:
+            keys, values = (memory[at].to(dtype) for memory in memories)
+        else:
+            keys, values = (
+                widened(memory[at], scales[at], dtype)
+                for memory, scales in zip(memories, self.scales.unbind(-4), strict=True)
+            )
+        return keys, values
+
+    def turn(self, count: int, by: Tensor, rotary: Rotary, dtype: torch.dtype) -> None:
+        """Rotate the first `count` keys that are not packed by so many positions, integer `[L, H, count]`,
+        computing in `dtype`."""
+        for layer, (keys, far) in enumerate(zip(self.keys, by, strict=True)):
+            live = keys[:, :count]
+            if self.scales is None:
+                live.copy_(rotary.rotate(live.to(dtype), far))
+            else:
+                scales = self.scales[0, layer, :, :count]
+                turned = rounded(rotary.rotate(widened(live, scales, dtype), far))
+                for memory, new in zip((live, scales), turned, strict=True):
+                    memory.copy_(new)
+
+    def value_norms(self, count: int, dtype: torch.dtype) -> Tensor:
+        """The lengths of the first `count` values that are not packed, `[L, H, count]`, in `dtype`."""
+        values = self.values[:, :, :count]
+        whole = values if self.scales is None else values.to(dtype)
+        norms: Tensor = torch.linalg.vector_norm(whole, dim=-1, dtype=dtype)
+        return norms if self.scales is None else norms.mul_(self.scales[1, :, :, :count])
+
     def extend(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a session's entries from `start` on, and read all up to them; see `Cache.extend`.
 
@@ -190,8 +257,7 @@ class Buffers:
         """
         first = start - (self.packed.most if self.packed is not None else 0)
         last = first + keys.shape[-2]
-        self.keys[layer, :, first:last] = keys
-        self.values[layer, :, first:last] = values
+        self.write((layer, slice(None), slice(first, last)), keys, values)
         return self.read(layer, start + keys.shape[-2])
 
     def read(
@@ -200,10 +266,10 @@ class Buffers:
         """Rotated keys and values of a session's entries `[start, n)`: `[..., H, n - start, head_dim]` of a
         layer, or of some, in `dtype`, by default the memory's. Where nothing is packed or converted they are
         views."""
-        dtype = dtype or self.keys.dtype
+        dtype = dtype or self.dtype
         packed = 0 if self.packed is None else self.packed.most
         dense = slice(max(0, start - packed), n - packed)
-        keys, values = (t[layer][..., dense, :].to(dtype) for t in (self.keys, self.values))
+        keys, values = self.dense_at((layer, slice(None), dense), dtype)
         if self.packed is None or start >= packed:
             return keys, values
         wide = torch.promote_types(dtype, torch.float32)
@@ -228,9 +294,14 @@ class Buffers:
         row = torch.arange(len(starts), device=starts.device)
         packed = None if self.packed is None or not self.packed.most else self.packed
         count = 0 if packed is None else packed.count
-        all_keys, all_values = self.keys[:, layer], self.values[:, layer]
-        all_keys[row, :, starts - count] = keys.to(all_keys.dtype)
-        all_values[row, :, starts - count] = values.to(all_values.dtype)
+        self.write((row, layer, slice(None), starts - count), keys, values)
+        all_of_it: Index = slice(None)
+        reach = slice(None) if packed is not None else slice(most)
+        all_keys, all_values = self.dense_at((all_of_it, layer, all_of_it, reach), self.dtype)
         if packed is None:
-            return all_keys[:, :, :most], all_values[:, :, :most]
+            return all_keys, all_values
         return packed.join(layer, self.position, most, all_keys, all_values)
+
+
+def _read_as(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.int8 else dtype

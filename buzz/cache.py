@@ -141,9 +141,8 @@ class Cache:
             self._move(self.buffers, self._packed_for(count))
         if self.changes_over(count):
             index = torch.arange(self.packed, self.n, device=self.buffers.position.device)
-            for keys, position in zip(self.buffers.keys, self.buffers.position, strict=True):
-                live = keys[:, : self.n - self.packed]
-                live.copy_(self.rotary.rotate(live, index - position[:, self.packed : self.n]))
+            by = index - self.buffers.position[:, :, self.packed : self.n]
+            self.buffers.turn(self.n - self.packed, by, self.rotary, self.buffers.dtype)
             self.rotated_in_cache = True
         for state in self.states:
             if state.per == "segment":
@@ -285,8 +284,8 @@ class Cache:
     def _value_norm(self) -> Tensor:
         """`[L, H, n]`, at least float32: squares overflow float16. What is packed is read a few layers at a
         time, as in moving."""
-        live, n, wide = self.live, self.n, torch.promote_types(self.buffers.keys.dtype, torch.float32)
-        norms = [torch.linalg.vector_norm(live.values[:, :, : n - self.packed], dim=-1, dtype=wide)]
+        live, n, wide = self.live, self.n, torch.promote_types(self.buffers.dtype, torch.float32)
+        norms = [live.value_norms(n - self.packed, wide)]
         if live.packed is not None and self.packed:
             parts = (live.packed.values(some, self._wide) for some in layers(len(live.values), n))
             norms.insert(0, torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=wide) for part in parts]))
@@ -314,5 +313,5 @@ class Cache:
     @property
     def _wide(self) -> torch.dtype:
         """In which dtype entries are moved: where they are quantised nothing may be rounded between."""
-        dtype = self.buffers.keys.dtype
+        dtype = self.buffers.dtype
         return dtype if self.policy.kivi is None else torch.promote_types(dtype, torch.float32)

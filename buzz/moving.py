@@ -76,17 +76,16 @@ class Move:
         keep(source.keys, target.keys, index)
         keep(source.values, target.values, index)
         keep(source.position.unsqueeze(-1), target.position.unsqueeze(-1), index)
-        if not self.in_cache:
-            return
-        place = torch.arange(count, device=index.device)
-        for keys, past in zip(target.keys, index, strict=True):
-            live = keys[:, :count]
-            live.copy_(self.rotary.rotate(live.to(self.dtype), place - past))
+        if source.scales is not None and target.scales is not None:
+            for scales, into in zip(source.scales, target.scales, strict=True):
+                keep(scales.unsqueeze(-1), into.unsqueeze(-1), index)
+        if self.in_cache:
+            target.turn(count, torch.arange(count, device=index.device) - index, self.rotary, self.dtype)
 
     def _unpacked(self, some: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of the keys and values that are not packed, and where the keys are."""
         target, dense = self.target, slice(0, self.n - self.before)
-        keys, values = (t[some, :, dense].to(self.dtype, copy=True) for t in (target.keys, target.values))
+        keys, values = (t.clone() for t in target.dense_at((some, slice(None), dense), self.dtype))
         return keys, values, self._places(target.position[some, :, : self.n])[..., self.before :]
 
     def _codes(self) -> int:
@@ -135,8 +134,8 @@ class Move:
                 target.packed.measure(some, self.rotary.rotate(keys, -place))
             unrotated = self.rotary.rotate(keys[..., :count, :], -place[..., :count])
             target.packed.write(some, start, unrotated, values[..., :count, :])
-        target.keys[some, :, : all_of_them - count] = keys[..., count:, :]
-        target.values[some, :, : all_of_them - count] = values[..., count:, :]
+        dense = (some, slice(None), slice(all_of_them - count))
+        target.write(dense, keys[..., count:, :], values[..., count:, :])
 
     def _places(self, position: Tensor) -> Tensor:
         """The positions to which the keys of entries `[H, n]` at these original ones are rotated."""

@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     backend: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    cache_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     threads: int = Field(0, ge=0, description="torch threads; 0 lets torch choose")
 
     # memory

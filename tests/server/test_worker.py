@@ -174,7 +174,7 @@ def test_what_an_engine_says_of_its_model(make_engine: MakeEngine, tiny_model: P
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "float16", "int8"])
 def test_half_precision_runs(make_engine: MakeEngine, dtype: str, cache_dtype: str) -> None:
     engine = make_engine(start=False, dtype=dtype, cache_dtype=cache_dtype)
     create(engine, "a")

@@ -30,7 +30,7 @@ class Setup:
     policy: str | None = None
     weights: Literal["fp32", "int8"] | None = None
     backend: Literal["auto", "reference", "cpu", "cuda"] | None = None
-    cache_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    cache_dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
     step_tokens: int | None = None
     cache_budget: str | None = None
     threads: int | None = None

@@ -65,6 +65,8 @@ _OWN = {
     "apiary-int8": {"--weights": "int8"},
     "apiary-fp32-bf16": {"--weights": "fp32", "--cache-dtype": "bfloat16"},
     "apiary-int8-bf16": {"--weights": "int8", "--cache-dtype": "bfloat16"},
+    "apiary-fp32-int8": {"--weights": "fp32", "--cache-dtype": "int8"},
+    "apiary-int8-int8": {"--weights": "int8", "--cache-dtype": "int8"},
 }
 _SPECS = {
     "vllm": _Spec("vllm", "vllm", _VLLM, {"cache": "auto"}, variables=_preload),

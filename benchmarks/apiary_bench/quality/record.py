@@ -12,7 +12,7 @@ from apiary_bench.document import provenance
 from apiary_bench.errors import BenchError
 from apiary_bench.quality.report import Section
 from apiary_bench.quality.sample import Sample
-from apiary_bench.quality.settings import Settings
+from apiary_bench.quality.settings import Settings, precision
 from apiary_bench.quality.tasks import TASKS
 from apiary_bench.quality.tasks.task import Outcome
 
@@ -68,7 +68,7 @@ def _sample(settings: Mapping[str, Any], task: Mapping[str, Any]) -> Sample:
         task=task["task"],
         budget=dict(task["budget"]),
         **{name: settings[name] for name in ("model", "match", "seed", "baseline")},
-        weights=settings.get("weights", "fp32"),
+        weights=precision(settings.get("weights", "fp32"), settings.get("cache_dtype", "float32")),
         outcomes={label: [Outcome(**each) for each in row["outcomes"]] for label, row in rows.items()},
         slot_bytes={label: row.get("slot_bytes") for label, row in rows.items()},
     )

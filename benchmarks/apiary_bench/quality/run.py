@@ -81,7 +81,13 @@ def prepare(settings: Settings) -> tuple[Bench, list[Stage]]:
     """
     torch.set_num_threads(settings.threads)
     path = resolve(settings.model)
-    loaded = loader.load(path, torch.device("cpu"), torch.float32, torch.float32, weights=settings.weights)
+    loaded = loader.load(
+        path,
+        torch.device("cpu"),
+        torch.float32,
+        getattr(torch, settings.cache_dtype),
+        weights=settings.weights,
+    )
     bench = Bench(loaded, contenders(settings.policies, loaded.rotary.max_positions), settings.match)
     model = _digest(sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES), "model")
     stages = []
@@ -139,7 +145,7 @@ def _key(settings: Settings, task: Task[Any], budget: Budget, bench: Bench, mode
         "match": settings.match,
         "seed": settings.seed,
         "model": model,
-        "weights": settings.weights,
+        "weights": settings.precision,
         "torch": torch.__version__,
     }
     data = [settings.data / name for name in task.files]

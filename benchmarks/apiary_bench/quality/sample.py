@@ -26,7 +26,8 @@ class Sample:
     Attributes:
         task: its name.
         budget: entries, ratio or both: what of them the task uses.
-        model, weights, match, seed, baseline: as in `Settings`.
+        model, match, seed, baseline: as in `Settings`.
+        weights: their precision, and that of caches, as `Settings.precision` says.
         outcomes: by policy as the user wrote it, and document. `full` comes first.
         slot_bytes: of each policy the memory that a worker reserves for a session at its largest bound;
             None where that is not known.
@@ -56,7 +57,7 @@ class Sample:
             task=results.stage.task.name,
             budget=results.stage.limits,
             model=settings.model,
-            weights=settings.weights,
+            weights=settings.precision,
             match=settings.match,
             seed=settings.seed,
             baseline=settings.baseline,

@@ -13,6 +13,11 @@ from apiary_bench.quality.bench import Budget
 from apiary_bench.quality.tasks import TASKS
 
 
+def precision(weights: str, cache_dtype: str) -> str:
+    """Of weights, and of caches where that is not float32."""
+    return weights if cache_dtype == "float32" else f"{weights}, {cache_dtype} cache"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """A run.
@@ -24,6 +29,7 @@ class Settings:
         limit: documents of each task; None: the task's own number.
         model: a name or path.
         weights: how the model's are kept.
+        cache_dtype: of the caches' entries.
         entries: targets of the tasks with an absolute one; `ratios`: of those relative to the prompt. Where
             both are given several values they go in pairs.
         match: scale policies to equal average bytes or entries; None: run them as written.
@@ -41,12 +47,18 @@ class Settings:
     limit: int | None = None
     model: str = "smollm2-135m"
     weights: Literal["fp32", "int8"] = "fp32"
+    cache_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     entries: tuple[int, ...] = (564,)
     ratios: tuple[float, ...] = (2.5,)
     match: Literal["bytes", "entries"] | None = "bytes"
     baseline: str = "full"
     seed: int = 0
     threads: int = 2
+
+    @property
+    def precision(self) -> str:
+        """Of weights, and of caches where that is not float32."""
+        return precision(self.weights, self.cache_dtype)
 
     def __post_init__(self) -> None:
         if not self.tasks:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
 from apiary_server.model.loader import LoadedModel
 from buzz import Buffers, Policy, State
 from buzz.quant import Packed
@@ -30,11 +28,7 @@ class Slab:
             self.states(policies),
         )
 
-        def split(tensor: Tensor) -> Tensor:
-            return tensor.view(slots, shape.layers, *tensor.shape[1:])
-
-        self._keys, self._values, self._position = map(split, (flat.keys, flat.values, flat.position))
-        self._state = {name: split(tensor) for name, tensor in flat.state.items()}
+        self._memory = flat.split(slots)
 
     def states(self, policies: Sequence[Policy]) -> tuple[State, ...]:
         """All that these policies record, under this slab's names."""
@@ -43,8 +37,7 @@ class Slab:
 
     def memory(self, index: int | slice) -> Buffers:
         """One slot, or several with a leading dimension; states under this slab's names."""
-        state = {name: tensor[index] for name, tensor in self._state.items()}
-        return Buffers(self._keys[index], self._values[index], self._position[index], state)
+        return self._memory.of_sessions(index)
 
     def slot(self, index: int, policy: Policy) -> Buffers:
         """One slot, with the policy's states under the policy's names, and nothing quantised there."""
@@ -54,7 +47,7 @@ class Slab:
         if policy.kivi is not None:
             layers, kv_heads, _, head_dim = memory.keys.shape
             packed = Packed.empty(layers, kv_heads, 0, head_dim, policy.kivi, memory.keys.device)
-        return Buffers(memory.keys, memory.values, memory.position, state, packed)
+        return replace(memory, state=state, packed=packed)
 
 
 def _key(state: State) -> str:

@@ -25,7 +25,7 @@ from buzz import Policy
 from buzz.quant import GROUP
 
 _SCORE_BYTES = 4
-_SCALE_BYTES = 4  # of an int8 weight's output channel
+_SCALE_BYTES = 4  # of an int8 weight's output channel, or of an int8 entry
 _GRID_BYTES = 4  # minimum and step of a group of quantised channels, float16 both
 _FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
@@ -163,7 +163,8 @@ def _linear(model: Model, layer: Linear, rows: float) -> Operation:
 
 def _attention(model: Model, policy: Policy, load: Load) -> Operation:
     shape, heads = model.geometry, model.query_heads
-    dense = shape.head_dim * shape.dtype.itemsize
+    scale = _SCALE_BYTES if shape.dtype == torch.int8 else 0
+    dense = shape.head_dim * shape.dtype.itemsize + scale
     packed = shape.head_dim * (policy.kivi or 0) / 8 + shape.head_dim // GROUP * _GRID_BYTES
     cached = (load.entries - load.packed + load.rows) * dense + load.packed * packed
     ends = 2 * load.rows * heads * shape.head_dim * model.dtype.itemsize

@@ -70,7 +70,7 @@ def serve(
         str | None, _flag(_MODEL, "float32|bfloat16|float16", "float32", "Data type of the computation.")
     ] = None,
     cache_dtype: Annotated[
-        str | None, _flag(_MODEL, "float32|bfloat16|float16", "float32", "Data type of the cache.")
+        str | None, _flag(_MODEL, "float32|bfloat16|float16|int8", "float32", "Data type of the cache.")
     ] = None,
     threads: Annotated[str | None, _flag(_MODEL, "N", "0", "Threads of torch; 0 lets torch choose.")] = None,
     cache_budget: Annotated[

@@ -236,7 +236,8 @@ def _check_moves(path: Path, loaded: LoadedModel) -> None:
 
     pieces = [piece_at(3), piece_at(last)]
     Runner(loaded.backend).run(pieces)
-    here, there = (piece.cache.buffers.keys.float() for piece in pieces)
+    everything = slice(0, loaded.geometry.layers)
+    here, there = (piece.cache.buffers.read(everything, len(tokens), torch.float32)[0] for piece in pieces)
     moved = loaded.rotary.rotate(here, torch.full((len(tokens),), last - 3, device=here.device))
     if not torch.allclose(moved, there, atol=_tolerance(loaded) * float(there.abs().max())):
         raise UnservableModel(

@@ -33,8 +33,8 @@ class Compression:
     rotary: Rotary
 
     def helps(self, layout: SlotLayout, state: CacheState) -> bool:
-        """Whether a cache in such a slot has enough entries, and none in few bits."""
-        return layout.bits is None and state.n >= RESIDUAL + BLOCK
+        """Whether a cache in such a slot has enough entries, and none in few bits, eight included."""
+        return _in_full(layout) and state.n >= RESIDUAL + BLOCK
 
     def compress(
         self, state: CacheState, tensors: Mapping[str, Tensor]
@@ -60,13 +60,17 @@ class Compression:
         return replace(state, packed=count, measured=True), {**tensors, **last, **few}
 
 
+def _in_full(layout: SlotLayout) -> bool:
+    return layout.bits is None and layout.geometry.dtype != torch.int8
+
+
 def compressed(layout: SlotLayout, state: CacheState, bits: Bits) -> SlotLayout:
     """The slot that a cache with this state would lie in, were one of such a slot compressed.
 
     Raises:
         SnapshotRefused: it would not be.
     """
-    if layout.bits is not None or layout.geometry.head_dim % GROUP or state.n <= RESIDUAL:
+    if not _in_full(layout) or layout.geometry.head_dim % GROUP or state.n <= RESIDUAL:
         raise SnapshotRefused(f"{state} is never compressed", RebuildReason.SNAPSHOT_CORRUPT)
     return replace(layout, bits=bits, packed=state.n - RESIDUAL, dense=RESIDUAL)
 

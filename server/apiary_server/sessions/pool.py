@@ -108,7 +108,8 @@ def _aligned(size: int) -> int:
 class SlotClass:
     """All slots of one layout, as batched tensors: keys and values `[slots, layers, kv_heads, dense,
     head_dim]`, position `[slots, layers, kv_heads, capacity]`, state and saved_state `[slots, states,
-    layers, kv_heads, capacity]` (None where there is no state), and memory for quantised entries."""
+    layers, kv_heads, capacity]` (None where there is no state), memory for quantised entries, and scales
+    `[slots, 2, layers, kv_heads, dense]` of such in eight bits."""
 
     def __init__(self, layout: SlotLayout, memory: Tensor) -> None:
         self.layout = layout
@@ -118,6 +119,7 @@ class SlotClass:
         self.keys, self.values, self.position = views["keys"], views["values"], views["position"]
         self.state, self.saved_state = views.get("state"), views.get("saved_state")
         self.packed = None if layout.bits is None else Packed.of(views)
+        self.scales = views.get("scales")
 
     def buffers(self, index: int | slice, states: Sequence[State]) -> Buffers:
         """The tensors of one slot, or with a leading dimension of slots; as many states as asked for."""
@@ -126,7 +128,8 @@ class SlotClass:
             for number, state in enumerate(states):
                 named[state.name] = self.state[index, number].view(state.dtype)
         packed = None if self.packed is None else self.packed.of_sessions(index)
-        return Buffers(self.keys[index], self.values[index], self.position[index], named, packed)
+        scales = None if self.scales is None else self.scales[index]
+        return Buffers(self.keys[index], self.values[index], self.position[index], named, packed, scales)
 
 
 class Lease:

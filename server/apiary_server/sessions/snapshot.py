@@ -291,10 +291,10 @@ def _live(layout: SlotLayout, state: CacheState, slot: Tensor) -> dict[str, Tens
     if state.packed > state.n or state.seen != state.n + state.evicted:
         raise corrupt(f"{state} is no state of a cache")
     dense = state.n - state.packed
-    used = {"keys": dense, "values": dense, "position": state.n, "state": state.n}
+    used = {"keys": dense, "values": dense, "scales": dense, "position": state.n, "state": state.n}
     live = {}
     for name, tensors in layout.views(slot[None]).items():
-        tensor, axis = tensors[0], 3 if name == "state" else 2
+        tensor, axis = tensors[0], 3 if name in ("state", "scales") else 2
         if name == "saved_state" or (name == "channels" and not state.measured):
             continue
         if name != "channels":

@@ -68,6 +68,8 @@ def test_attention() -> None:
     assert found(Part.ATTENTION, model(), "window") == [plain] * 2
     half = (103 * entry * 2 + ends, arithmetic, False)
     assert found(Part.ATTENTION, model(cache=torch.bfloat16), "window") == [half] * 2
+    eight = (103 * (entry + 2 * 2 * 4) + ends, arithmetic, False)
+    assert found(Part.ATTENTION, model(cache=torch.int8), "window") == [eight] * 2
     assert found(Part.ATTENTION, model(), "h2o") == [plain] * 2
 
 

@@ -58,16 +58,17 @@ POLICY = "buzz(sink=2,window=8,threshold=20)"
         "corm(budget=40,recent=8,queries=8)",
     ],
 )
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
 def test_another_engine_goes_on_without_computing_anew(
-    make: Make, make_engine: MakeEngine, policy: str
+    make: Make, make_engine: MakeEngine, policy: str, cache_dtype: str
 ) -> None:
-    calm, engine = make_engine(start=False), make()
+    calm, engine = make_engine(start=False, cache_dtype=cache_dtype), make(cache_dtype=cache_dtype)
     for each in (calm, engine):
         create(each, "a", policy)
         for number in range(3):
             ask(each, PROMPT[: 20 + 40 * number], "a", max_tokens=5 + 13 * number)
     close(engine)
-    other = make()
+    other = make(cache_dtype=cache_dtype)
     assert other.sessions.get("default", "a").state is State.STORED
     again, through = (ask(each, "go on", "a", max_tokens=40) for each in (other, calm))
     assert again.token_ids == through.token_ids
@@ -282,6 +283,7 @@ def test_a_killed_worker_s_rewind_leaves_no_snapshot_that_is_used(make: Make, tm
     for _ in range(2):
         ask(engine, PROMPT, "a")
     saved(engine, "a")
+    until(engine, lambda: len(snapshots(tmp_path)) == 1)  # the one before goes a little later
     (path,) = snapshots(tmp_path)
     stale = path.read_bytes()
     archive(engine)._delay = 60

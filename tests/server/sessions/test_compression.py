@@ -106,6 +106,20 @@ def test_below_float32_it_is_rounded_once(stored: Callable[..., Stored]) -> None
         assert (given - exact).float().norm() < 0.1 * exact.float().norm()
 
 
+def test_entries_in_eight_bits_stay_as_they_are(stored: Callable[..., Stored]) -> None:
+    before = stored(cache_dtype="int8")
+    data = before.compressed(4)
+    assert data == b"".join(encode(before.image, ORIGIN))
+    manifest, tensors = decode(data, ORIGIN)
+    assert manifest.bits is None
+    after = before.restored(manifest, tensors)
+    assert {name: tensor.dtype for name, tensor in after.tensors.items()}["keys"] == torch.int8
+    assert after.tensors.keys() == before.exact.keys()
+    assert "scales" in after.tensors
+    for name, tensor in before.exact.items():
+        assert torch.equal(after.tensors[name], tensor)
+
+
 def test_it_takes_few_bytes(stored: Callable[..., Stored]) -> None:
     before = stored()
     assert before.image.state is not None

@@ -36,7 +36,7 @@ Backend: TypeAlias = Annotated[
     typer.Option(help="What computes; default auto, the fastest.", rich_help_panel=_WORKER),
 ]
 CacheDtype: TypeAlias = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
+    Literal["float32", "bfloat16", "float16", "int8"] | None,
     typer.Option(help="Data type of the cache; default float32.", rich_help_panel=_WORKER),
 ]
 StepTokens: TypeAlias = Annotated[

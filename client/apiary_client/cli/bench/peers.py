@@ -37,8 +37,9 @@ def peers(
         list[str] | None,
         typer.Option(
             metavar="NAME,...",
-            help="apiary-fp32, apiary-int8, both also with -bf16 (cache), vllm, vllm-fp8 (cache), llama.cpp, "
-            "llama.cpp-native (built here: half an hour), transformers; several, or a comma list. "
+            help="apiary-fp32, apiary-int8, both also with -bf16 or -int8 (cache), vllm, "
+            "vllm-fp8 (cache), llama.cpp, llama.cpp-native (built here: half an hour), transformers; "
+            "several, or a comma list. "
             "[dim]\\[default: apiary-fp32, apiary-int8, vllm, llama.cpp, transformers][/dim]",
             show_default=False,
         ),

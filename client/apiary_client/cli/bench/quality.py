@@ -10,7 +10,7 @@ import typer
 
 from apiary_client.cli import console
 from apiary_client.cli.bench.bars import Bars
-from apiary_client.cli.bench.options import Weights, numbers
+from apiary_client.cli.bench.options import CacheDtype, Weights, numbers
 from apiary_client.cli.server_extra import server_extra
 
 
@@ -56,6 +56,7 @@ def quality(
         "smollm2-135m"
     ),
     weights: Weights = None,
+    cache_dtype: CacheDtype = None,
     entries: Annotated[
         str, typer.Option(metavar="N,...", help="Average entries that policies are matched to.")
     ] = "564",
@@ -97,6 +98,7 @@ def quality(
             limit=limit,
             model=model,
             weights=weights or "fp32",
+            cache_dtype=cache_dtype or "float32",
             entries=tuple(numbers("--entries", entries, int)),
             ratios=tuple(numbers("--ratio", ratio, float)),
             match=None if unmatched else _match(match),

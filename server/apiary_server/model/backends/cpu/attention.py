@@ -15,7 +15,8 @@ from apiary_server.model.backends.cpu.kernel import Kernel
 from buzz import MAX_STATES
 from buzz.quant import Packed
 
-_CACHES = (torch.float32, torch.bfloat16)
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""Of caches that are read, as `kernels.h` numbers them."""
 _LANES = 16  # bytes of codes that are unpacked together
 
 
@@ -51,9 +52,11 @@ class _Run(ctypes.Structure):
     """As in `decode.c`."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("kv_heads", "dim", "bfloat16", "states")),
+        *((name, c_int64) for name in ("kv_heads", "dim", "type", "states")),
         *((name, c_void_p) for name in ("keys", "values")),
         *((name, c_int64) for name in ("cache_layer", "cache_slot", "cache_head")),
+        *((name, c_void_p) for name in ("key_scales", "value_scales")),
+        *((name, c_int64) for name in ("scale_layer", "scale_slot", "scale_head")),
         *((name, c_void_p) for name in ("slots", "lengths", "seen")),
         ("longest", c_int64),
         ("log_n", c_float),
@@ -84,7 +87,7 @@ class _Chunk(ctypes.Structure):
     _fields_ = (
         *(
             (name, c_int64)
-            for name in ("tokens", "layer", "entries", "kv_heads", "group", "dim", "bfloat16", "states")
+            for name in ("tokens", "layer", "entries", "kv_heads", "group", "dim", "type", "states")
         ),
         ("queries", c_void_p),
         ("query_row", c_int64),
@@ -183,7 +186,7 @@ class Chunk:
             kv_heads=kv_heads,
             group=query_heads // kv_heads,
             dim=dim,
-            bfloat16=cache_keys.dtype == torch.bfloat16,
+            type=_TYPES[cache_keys.dtype],
             states=len(run.states),
             queries=queries.data_ptr(),
             query_row=queries.stride(0),
@@ -223,7 +226,7 @@ def _prepare(run: DecodeRun) -> _Prepared | None:
     prepared = _Run(
         kv_heads=cache.keys.shape[2],
         dim=cache.keys.shape[4],
-        bfloat16=cache.keys.dtype == torch.bfloat16,
+        type=_TYPES[cache.keys.dtype],
         states=len(run.states),
         keys=cache.keys.data_ptr(),
         values=cache.values.data_ptr(),
@@ -238,6 +241,10 @@ def _prepare(run: DecodeRun) -> _Prepared | None:
         state=_states(run),
         packed=packed,
     )
+    if cache.scales is not None:
+        keys, values = cache.scales.unbind(1)
+        prepared.key_scales, prepared.value_scales = keys.data_ptr(), values.data_ptr()
+        prepared.scale_slot, prepared.scale_layer, prepared.scale_head, _ = keys.stride()
     return _Prepared(prepared, (slots, lengths, turns))
 
 
@@ -287,7 +294,7 @@ def _readable(run: DecodeRun | ChunkRun) -> bool:
     """Whether the kernels read such caches."""
     cache = run.cache
     return (
-        cache.keys.dtype in _CACHES
+        cache.keys.dtype in _TYPES
         and len(run.states) <= MAX_STATES
         and all(state.element_size() == 4 for state in cache.state.values())
     )

@@ -12,7 +12,7 @@ enum { KEYS = 2 * LANES, DOTS = 8, SUMS = 6, WIDTH = 4 * LANES, VALUES = 128, TI
 
 /* Strides count elements. The last dimension of all tensors is contiguous. */
 typedef struct {
-    int64_t tokens, layer, entries, kv_heads, group, dim, bfloat16, states; /* entries: the tokens' included */
+    int64_t tokens, layer, entries, kv_heads, group, dim, type, states; /* entries: the tokens' included; type: not INT8 */
     const float *queries; /* [tokens, kv_heads * group, dim] */
     int64_t query_row;
     const void *keys, *values; /* [kv_heads, entries, dim] */
@@ -41,7 +41,7 @@ FOR_EACH_PROCESSOR static void transpose(const Chunk *task, int64_t head, int64_
     int64_t count = smaller(KEYS, task->entries - first);
     for (int64_t k = 0; k < KEYS; k++)
         for (int64_t d = 0; d < dim; d++)
-            into[d * KEYS + k] = k < count ? element(task->keys, from + k * dim + d, task->bfloat16) : 0;
+            into[d * KEYS + k] = k < count ? element(task->keys, from + k * dim + d, task->type) : 0;
 }
 
 /* weights[v, :KEYS] = queries[v] . keys, for `count` of at most DOTS vectors. */
@@ -67,7 +67,7 @@ INLINE void dots(const int count, int64_t dim, const float *restrict queries, co
 
 /* output[v, :WIDTH] += sum of weights[v, j] * values[j, :WIDTH] over j from `first` to before `end`, for `count` of
    at most SUMS vectors. */
-INLINE void sums(const int count, const int bfloat16, int64_t first, int64_t end, int64_t dim,
+INLINE void sums(const int count, const int type, int64_t first, int64_t end, int64_t dim,
                  const float *restrict weights, int64_t stride, const void *restrict values, int64_t channel,
                  float *restrict output) {
     Lanes sums[SUMS][4];
@@ -78,7 +78,7 @@ INLINE void sums(const int count, const int bfloat16, int64_t first, int64_t end
     for (int64_t j = first; j < end; j++) {
         Lanes part[4];
 #pragma GCC unroll 4
-        for (int p = 0; p < 4; p++) part[p] = elements(values, j * dim + channel + p * LANES, bfloat16);
+        for (int p = 0; p < 4; p++) part[p] = elements(values, j * dim + channel + p * LANES, type);
 #pragma GCC unroll 6
         for (int v = 0; v < count; v++)
 #pragma GCC unroll 4
@@ -123,7 +123,7 @@ INLINE void load_queries(const Chunk *task, const Tile *tile) {
 
 FOR_EACH_PROCESSOR static void work(const Chunk *task, const Tile *tile, float *recorded) {
     float *output = tile->output;
-    int64_t dim = task->dim, stride = tile->stride, size = task->bfloat16 ? 2 : 4, v;
+    int64_t dim = task->dim, stride = tile->stride, size = size_of((int)task->type), v;
     const char *values = (const char *)task->values + tile->head * task->cache_head * size;
     load_queries(task, tile);
     for (int64_t first = 0; first < tile->view; first += KEYS) {
@@ -144,18 +144,18 @@ FOR_EACH_PROCESSOR static void work(const Chunk *task, const Tile *tile, float *
         record_tile(task, tile, &task->state[s], recorded + s * stride);
     int64_t channel = 0;
     memset(output, 0, sizeof(float) * tile->vectors * dim);
-#define SUM(COUNT, BFLOAT16)                                                                                     \
-    sums(COUNT, BFLOAT16, first, end, dim, tile->weights + v * stride, stride, values, channel, output + v * dim + channel)
+#define SUM(COUNT, TYPE)                                                                                     \
+    sums(COUNT, TYPE, first, end, dim, tile->weights + v * stride, stride, values, channel, output + v * dim + channel)
     for (; channel + WIDTH <= dim; channel += WIDTH)
         for (int64_t first = 0; first < tile->view; first += VALUES) { /* so few stay in the nearest cache */
             int64_t end = smaller(first + VALUES, tile->view);
-            for (v = 0; v + SUMS <= tile->vectors; v += SUMS) task->bfloat16 ? SUM(SUMS, 1) : SUM(SUMS, 0);
-            for (; v + 3 <= tile->vectors; v += 3) task->bfloat16 ? SUM(3, 1) : SUM(3, 0);
-            for (; v < tile->vectors; v++) task->bfloat16 ? SUM(1, 1) : SUM(1, 0);
+            for (v = 0; v + SUMS <= tile->vectors; v += SUMS) task->type ? SUM(SUMS, BFLOAT16) : SUM(SUMS, FLOAT32);
+            for (; v + 3 <= tile->vectors; v += 3) task->type ? SUM(3, BFLOAT16) : SUM(3, FLOAT32);
+            for (; v < tile->vectors; v++) task->type ? SUM(1, BFLOAT16) : SUM(1, FLOAT32);
         }
 #undef SUM
     if (channel < dim)
-        narrow_sums(tile->vectors, task->bfloat16, tile->view, dim, tile->weights, stride, values, channel, output);
+        narrow_sums(tile->vectors, task->type, tile->view, dim, tile->weights, stride, values, channel, output);
     for (v = 0; v < tile->vectors; v++) {
         int64_t token = tile->first + v / task->group, query = tile->head * task->group + v % task->group;
         float *restrict into = task->output + (token * task->kv_heads * task->group + query) * dim;

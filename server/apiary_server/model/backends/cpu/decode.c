@@ -10,16 +10,20 @@
 
 #include <stdlib.h>
 
-enum { GROUP = 4, KEYS = 4, PARTS = 4, LINE = 64, AHEAD = 4096, TILE = 32, ROOM = 2 * TILE };
+#define LEAST_SCALE 1e-12f
+
+enum { GROUP = 4, KEYS = 4, PARTS = 4, LINE = 64, AHEAD = 32768, TILE = 32, ROOM = 2 * TILE };
 
 typedef float Quad __attribute__((vector_size(KEYS * 4), aligned(4), may_alias));
 
 /* The caches of a step, the same in all layers. Strides count elements. The last dimension of all tensors is
    contiguous. */
 typedef struct {
-    int64_t kv_heads, dim, bfloat16, states;
+    int64_t kv_heads, dim, type, states;
     void *keys, *values; /* [layers, slots, kv_heads, entries, dim], in any order of the first three */
     int64_t cache_layer, cache_slot, cache_head;
+    float *key_scales, *value_scales; /* [layers, slots, kv_heads, entries], of entries in eight bits */
+    int64_t scale_layer, scale_slot, scale_head;
     const int64_t *slots;   /* [rows]: where a row's entries are, here and in `state` and `packed` */
     const int64_t *lengths; /* [rows]: entries, the packed ones, which are not in `keys`, included */
     const int64_t *seen;    /* [rows] */
@@ -42,22 +46,47 @@ typedef struct {
     float scale;
 } Decode;
 
-INLINE void write(const float *restrict from, void *restrict memory, int64_t at, int64_t dim, int bfloat16) {
-    for (int64_t d = 0; d < dim; d++) {
-        if (!bfloat16) {
-            ((float *)memory)[at + d] = from[d];
-            continue;
+/* A new entry; returns its scale, where it has one, as `buzz.eight_bits` says. */
+INLINE float write(const float *restrict from, void *restrict memory, int64_t dim, int type) {
+    float largest = 0, sum = 0;
+    switch (type) {
+    case FLOAT32: memcpy(memory, from, dim * sizeof *from); break;
+    case BFLOAT16:
+        for (int64_t d = 0; d < dim; d++) {
+            uint32_t bits;
+            memcpy(&bits, &from[d], sizeof bits);
+            uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* even where it is a tie */
+            ((uint16_t *)memory)[d] = (uint16_t)(from[d] != from[d] ? bits >> 16 | 0x40 : nearest);
         }
-        uint32_t bits;
-        memcpy(&bits, &from[d], sizeof bits);
-        uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* even where it is a tie */
-        ((uint16_t *)memory)[at + d] = (uint16_t)(from[d] != from[d] ? bits >> 16 | 0x40 : nearest);
+        break;
+    default:
+        for (int64_t d = 0; d < dim; d++) {
+            float size = fabsf(from[d]);
+            largest = size > largest ? size : largest;
+            sum += size * 0; /* NaN where one is not finite */
+        }
+        largest = (largest > LEAST_SCALE * 127 ? largest : LEAST_SCALE * 127) + sum;
+        float inverse = 127 / largest;
+        for (int64_t d = 0; d < dim; d++) ((int8_t *)memory)[d] = sum == 0 ? (int8_t)rintf(from[d] * inverse) : 0;
     }
+    return largest * (1.0f / 127);
 }
 
-/* Asks memory for `bytes` of what is read soon. */
-INLINE void ahead(const void *memory, int64_t at, int bytes) {
-    for (int byte = 0; byte < bytes; byte += LINE) __builtin_prefetch((const char *)memory + at + byte + AHEAD, 0, 3);
+/* Memory that is read from its front to its `end`, and what is read after it: keys, values, the next head's keys. */
+typedef struct {
+    const char *end, *next;
+} Stream;
+
+/* Asks for `bytes` of what is read soon, when `at` is read now. */
+INLINE void ahead(Stream stream, const void *at, int bytes) {
+    int64_t left = stream.end - (const char *)at - AHEAD;
+    const char *soon = left > 0 ? stream.end - left : stream.next - left;
+    for (int byte = 0; byte < bytes; byte += LINE) __builtin_prefetch(soon + byte, 0, 3);
+}
+
+/* Asks for all of it. */
+INLINE void fetch(const void *memory, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += LINE) __builtin_prefetch((const char *)memory + byte, 0, 3);
 }
 
 /* The sum of each vector's lanes: pairs are added, until four lanes belong to four vectors. */
@@ -74,18 +103,18 @@ INLINE Quad across(const Lanes *of) {
 }
 
 /* weights[g, j] = queries[g] . keys[j], for `group` heads that share the keys; weights [group, stride] */
-INLINE void dot(const int group, const int dim, const int bfloat16, const float *restrict queries,
-                const void *restrict keys, int64_t entries, float *restrict weights, int64_t stride) {
-    const int wide = dim / LANES * LANES, size = bfloat16 ? 2 : 4;
+INLINE void dot(const int group, const int dim, const int type, const float *restrict queries,
+                const void *restrict keys, Stream stream, int64_t entries, float *restrict weights, int64_t stride) {
+    const int wide = dim / LANES * LANES, size = size_of(type);
     int64_t j = 0;
     for (; j + KEYS <= entries; j += KEYS) {
         Lanes sums[GROUP][KEYS] = {0};
-        ahead(keys, j * dim * size, KEYS * dim * size);
+        ahead(stream, (const char *)keys + j * dim * size, KEYS * dim * size);
 #pragma GCC unroll 8
         for (int d = 0; d < wide; d += LANES) {
             Lanes key[KEYS];
 #pragma GCC unroll 4
-            for (int k = 0; k < KEYS; k++) key[k] = elements(keys, (j + k) * dim + d, bfloat16);
+            for (int k = 0; k < KEYS; k++) key[k] = elements(keys, (j + k) * dim + d, type);
 #pragma GCC unroll 4
             for (int g = 0; g < group; g++)
 #pragma GCC unroll 4
@@ -98,23 +127,23 @@ INLINE void dot(const int group, const int dim, const int bfloat16, const float 
         int first = i < j ? wide : 0;
         for (int g = 0; g < group; g++) {
             float sum = first ? weights[g * stride + i] : 0;
-            for (int d = first; d < dim; d++) sum += queries[g * dim + d] * element(keys, i * dim + d, bfloat16);
+            for (int d = first; d < dim; d++) sum += queries[g * dim + d] * element(keys, i * dim + d, type);
             weights[g * stride + i] = sum;
         }
     }
 }
 
 /* output[g, :parts * LANES] += sum over j of weights[g, j] * values[j, first : first + parts * LANES] */
-INLINE void combine(const int group, const int parts, const int dim, const int bfloat16, const float *restrict weights,
-                    int64_t stride, const void *restrict values, int64_t first, int64_t entries,
+INLINE void combine(const int group, const int parts, const int dim, const int type, const float *restrict weights,
+                    int64_t stride, const void *restrict values, Stream stream, int64_t first, int64_t entries,
                     float *restrict output) {
-    const int size = bfloat16 ? 2 : 4;
+    const int size = (int)size_of(type);
     Lanes sums[GROUP][PARTS] = {0};
     for (int64_t j = 0; j < entries; j++) {
-        ahead(values, (j * dim + first) * size, parts * LANES * size);
+        ahead(stream, (const char *)values + (j * dim + first) * size, parts * LANES * size);
 #pragma GCC unroll 4
         for (int p = 0; p < parts; p++) {
-            Lanes value = elements(values, j * dim + first + p * LANES, bfloat16);
+            Lanes value = elements(values, j * dim + first + p * LANES, type);
 #pragma GCC unroll 4
             for (int g = 0; g < group; g++) sums[g][p] += weights[g * stride + j] * value;
         }
@@ -143,32 +172,35 @@ INLINE void record(const State *state, int64_t layer, int64_t slot, int64_t head
 }
 
 /* Calls DO for constants where they are known. */
-#define SHAPE(GROUP_, DIM_, BFLOAT16_, DO, ...)                                                            \
-    if (group == GROUP_ && dim == DIM_ && bfloat16 == BFLOAT16_) DO(GROUP_, DIM_, BFLOAT16_, __VA_ARGS__); else
+#define SHAPE(GROUP_, DIM_, TYPE_, DO, ...)                                                            \
+    if (group == GROUP_ && dim == DIM_ && type == TYPE_) DO(GROUP_, DIM_, TYPE_, __VA_ARGS__); else
+#define SHAPES(GROUP_, DIM_, DO, ...)           \
+    SHAPE(GROUP_, DIM_, FLOAT32, DO, __VA_ARGS__)  \
+    SHAPE(GROUP_, DIM_, BFLOAT16, DO, __VA_ARGS__) \
+    SHAPE(GROUP_, DIM_, INT8, DO, __VA_ARGS__)
 #define BY_SHAPE(DO, ...)                                                                                  \
-    SHAPE(3, 64, 0, DO, __VA_ARGS__) SHAPE(3, 64, 1, DO, __VA_ARGS__) SHAPE(4, 64, 0, DO, __VA_ARGS__)     \
-    SHAPE(4, 64, 1, DO, __VA_ARGS__) SHAPE(4, 128, 0, DO, __VA_ARGS__) SHAPE(4, 128, 1, DO, __VA_ARGS__)   \
-    SHAPE(2, 64, 0, DO, __VA_ARGS__) SHAPE(2, 128, 0, DO, __VA_ARGS__) SHAPE(1, 64, 0, DO, __VA_ARGS__)    \
-    SHAPE(1, 128, 0, DO, __VA_ARGS__)                                                                      \
-    DO(group, (int)dim, (int)bfloat16, __VA_ARGS__)
+    SHAPES(3, 64, DO, __VA_ARGS__) SHAPES(4, 64, DO, __VA_ARGS__) SHAPES(4, 128, DO, __VA_ARGS__)          \
+    SHAPE(2, 64, FLOAT32, DO, __VA_ARGS__) SHAPE(2, 128, FLOAT32, DO, __VA_ARGS__)                         \
+    SHAPE(1, 64, FLOAT32, DO, __VA_ARGS__) SHAPE(1, 128, FLOAT32, DO, __VA_ARGS__)                         \
+    DO(group, (int)dim, (int)type, __VA_ARGS__)
 
-INLINE void dots_of(const int group, const int dim, const int bfloat16, int64_t heads, const float *queries,
-                    const void *keys, int64_t entries, float *weights, int64_t stride) {
+INLINE void dots_of(const int group, const int dim, const int type, int64_t heads, const float *queries,
+                    const void *keys, Stream stream, int64_t entries, float *weights, int64_t stride) {
     int64_t g = 0;
     for (; g + group <= heads; g += group)
-        dot(group, dim, bfloat16, queries + g * dim, keys, entries, weights + g * stride, stride);
-    for (; g < heads; g++) dot(1, dim, bfloat16, queries + g * dim, keys, entries, weights + g * stride, stride);
+        dot(group, dim, type, queries + g * dim, keys, stream, entries, weights + g * stride, stride);
+    for (; g < heads; g++) dot(1, dim, type, queries + g * dim, keys, stream, entries, weights + g * stride, stride);
 }
 
-INLINE void combine_of(const int group, const int dim, const int bfloat16, int64_t heads, const float *weights,
-                       int64_t stride, const void *values, int64_t entries, float *output) {
+INLINE void combine_of(const int group, const int dim, const int type, int64_t heads, const float *weights,
+                       int64_t stride, const void *values, Stream stream, int64_t entries, float *output) {
     for (int d = 0, parts; d + LANES <= dim; d += parts * LANES) {
         parts = dim - d < PARTS * LANES ? (dim - d) / LANES : PARTS;
         int64_t g = 0;
         for (; g + group <= heads; g += group)
-            combine(group, parts, dim, bfloat16, weights + g * stride, stride, values, d, entries, output + g * dim + d);
+            combine(group, parts, dim, type, weights + g * stride, stride, values, stream, d, entries, output + g * dim + d);
         for (; g < heads; g++)
-            combine(1, parts, dim, bfloat16, weights + g * stride, stride, values, d, entries, output + g * dim + d);
+            combine(1, parts, dim, type, weights + g * stride, stride, values, stream, d, entries, output + g * dim + d);
     }
 }
 
@@ -178,41 +210,82 @@ INLINE int together(int64_t heads) {
     return heads < GROUP ? (int)heads : GROUP;
 }
 
+#include "bytes.h"
+
 /* `dot` of all heads that share the keys. */
-FOR_EACH_PROCESSOR static void dots(int64_t heads, int64_t dim, int64_t bfloat16, const float *queries,
-                                    const void *keys, int64_t entries, float *weights, int64_t stride) {
+FOR_EACH_PROCESSOR static void dots(int64_t heads, int64_t dim, int64_t type, const float *queries,
+                                    const void *keys, Stream stream, int64_t entries, float *weights,
+                                    int64_t stride) {
     const int group = together(heads);
-    BY_SHAPE(dots_of, heads, queries, keys, entries, weights, stride);
+    BY_SHAPE(dots_of, heads, queries, keys, stream, entries, weights, stride);
 }
 
 /* `combine` of all heads that share the values, in the channels that are whole vectors. */
-FOR_EACH_PROCESSOR static void combines(int64_t heads, int64_t dim, int64_t bfloat16, const float *weights,
-                                        int64_t stride, const void *values, int64_t entries, float *output) {
+FOR_EACH_PROCESSOR static void combines(int64_t heads, int64_t dim, int64_t type, const float *weights,
+                                        int64_t stride, const void *values, Stream stream, int64_t entries,
+                                        float *output) {
     const int group = together(heads);
-    BY_SHAPE(combine_of, heads, weights, stride, values, entries, output);
+    BY_SHAPE(combine_of, heads, weights, stride, values, stream, entries, output);
 }
 
-/* One KV head of one row. `room` is for ROOM * dim floats. */
-FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *restrict weights, float *restrict room) {
+/* weights[g, j] *= scales[j] */
+INLINE void scaled(int64_t group, int64_t entries, const float *restrict scales, float *restrict weights, int64_t stride) {
+    for (int64_t g = 0; g < group; g++)
+        for (int64_t j = 0; j < entries; j++) weights[g * stride + j] *= scales[j];
+}
+
+/* Where the cache of a piece of work begins, in bytes. */
+INLINE int64_t place(const Decode *task, int64_t item) {
+    const Run *run = task->run;
+    int64_t row = item / run->kv_heads, head = item % run->kv_heads;
+    return (task->layer * run->cache_layer + run->slots[row] * run->cache_slot + head * run->cache_head) *
+           size_of((int)run->type);
+}
+
+/* One KV head of one row. `room` is for ROOM * dim floats, `digits` for `bytes_room`, NULL where these do not fit. */
+FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *restrict weights, float *restrict room,
+                                    void *restrict digits) {
     const Run *run = task->run;
     int64_t row = item / run->kv_heads, head = item % run->kv_heads, layer = task->layer, group = task->group;
     int64_t slot = run->slots[row];
-    int64_t dim = run->dim, bfloat16 = run->bfloat16, size = bfloat16 ? 2 : 4;
+    int64_t dim = run->dim, type = run->type, size = size_of(type);
     int64_t entries = run->lengths[row], packed = run->packed.counts ? run->packed.counts[row] : 0;
     int64_t dense = entries - packed;
-    int64_t cache = (layer * run->cache_layer + slot * run->cache_slot + head * run->cache_head) * size;
+    int64_t cache = place(task, item);
     const float *queries = task->queries + row * task->query_row + head * group * dim;
     char *keys = (char *)run->keys + cache, *values = (char *)run->values + cache;
+    int64_t next = item + 1 < task->rows * run->kv_heads ? place(task, item + 1) : cache;
+    Stream of_keys = {keys + dense * dim * size, values}, here = {(char *)room + TILE * dim * 4, (char *)room};
+    Stream of_values = {values + dense * dim * size, (char *)run->keys + next};
     float *output = task->output + (row * run->kv_heads + head) * group * dim, scale = task->scale;
     if (run->log_n) scale *= fmaxf(1.0f, logf((float)entries) / logf(run->log_n));
-    write(task->new_keys + row * task->new_key_row + head * dim, keys, (dense - 1) * dim, dim, (int)bfloat16);
-    write(task->new_values + row * task->new_value_row + head * dim, values, (dense - 1) * dim, dim, (int)bfloat16);
+    int64_t last = (dense - 1) * dim * size, scales = layer * run->scale_layer + slot * run->scale_slot + head * run->scale_head;
+    float *key_scales = run->key_scales + scales, *value_scales = run->value_scales + scales;
+    float key_scale = write(task->new_keys + row * task->new_key_row + head * dim, keys + last, dim, (int)type);
+    float value_scale = write(task->new_values + row * task->new_value_row + head * dim, values + last, dim, (int)type);
+    if (type == INT8) {
+        key_scales[dense - 1] = key_scale;
+        value_scales[dense - 1] = value_scale;
+    }
+    for (int64_t s = 0; s < run->states; s++) {
+        const State *state = &run->state[s];
+        fetch((const int32_t *)state->into + layer * state->layer + slot * state->slot + head * state->head, entries * 4);
+    }
+    if (type == INT8) {
+        fetch(key_scales, dense * 4);
+        fetch(value_scales, dense * 4);
+    }
     for (int64_t first = 0, count; first < packed; first += count) {
         count = packed - first < TILE ? packed - first : TILE;
         unpack_keys(dim, &run->packed, layer, slot, head, first, count, room + TILE * dim, room);
-        dots(group, dim, 0, queries, room, count, weights + first, entries);
+        dots(group, dim, FLOAT32, queries, room, here, count, weights + first, entries);
     }
-    dots(group, dim, bfloat16, queries, keys, dense, weights + packed, entries);
+    if (digits)
+        byte_dots(group, dim, queries, (int8_t *)keys, of_keys, key_scales, dense, weights + packed, entries, digits);
+    else {
+        dots(group, dim, type, queries, keys, of_keys, dense, weights + packed, entries);
+        if (type == INT8) scaled(group, dense, key_scales, weights + packed, entries);
+    }
     for (int64_t g = 0; g < group; g++) softmax(weights + g * entries, entries, scale);
     for (int64_t s = 0; s < run->states; s++)
         record(&run->state[s], layer, slot, head, group, entries, run->seen[row], weights);
@@ -220,25 +293,33 @@ FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *res
     for (int64_t first = 0, count; first < packed; first += count) {
         count = packed - first < TILE ? packed - first : TILE;
         unpack_values(dim, &run->packed, layer, slot, head, first, count, room + TILE * dim, room);
-        combines(group, dim, 0, weights + first, entries, room, count, output);
+        combines(group, dim, FLOAT32, weights + first, entries, room, here, count, output);
     }
-    combines(group, dim, bfloat16, weights + packed, entries, values, dense, output);
-    narrow_sums(group, (int)bfloat16, dense, dim, weights, entries, values, dim / LANES * LANES, output);
+    if (digits) {
+        byte_combines(group, dim, weights + packed, entries, (int8_t *)values, of_values, value_scales, dense, output, digits);
+        return;
+    }
+    if (type == INT8) scaled(group, dense, value_scales, weights + packed, entries);
+    combines(group, dim, type, weights + packed, entries, values, of_values, dense, output);
+    narrow_sums(group, (int)type, dense, dim, weights, entries, values, dim / LANES * LANES, output);
 }
 
 /* Returns 0, or 1 where there was no memory for the weights. */
 int apiary_attend_decode(const Decode *task) {
-    int failed = 0;
+    const Run *run = task->run;
+    int failed = 0, bytes = run->type == INT8 && bytes_fit(run->dim);
 #pragma omp parallel reduction(| : failed)
     {
-        float *weights = malloc(sizeof(float) * task->group * task->run->longest);
-        float *room = malloc(sizeof(float) * ROOM * task->run->dim);
-        failed = weights == NULL || room == NULL;
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < task->rows * task->run->kv_heads; item++)
-            if (!failed) work(task, item, weights, room);
+        float *weights = malloc(sizeof(float) * task->group * run->longest);
+        float *room = malloc(sizeof(float) * ROOM * run->dim);
+        void *digits = bytes ? malloc(bytes_room(run->dim, run->longest)) : NULL;
+        failed = weights == NULL || room == NULL || (bytes && digits == NULL);
+#pragma omp for schedule(guided) /* items in a row, so that the next one is known */
+        for (int64_t item = 0; item < task->rows * run->kv_heads; item++)
+            if (!failed) work(task, item, weights, room, digits);
         free(weights);
         free(room);
+        free(digits);
     }
     return failed;
 }

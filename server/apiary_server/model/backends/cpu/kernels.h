@@ -50,8 +50,14 @@ typedef struct {
     float decay;
 } State;
 
-INLINE float element(const void *memory, int64_t at, int bfloat16) {
-    if (!bfloat16) return ((const float *)memory)[at];
+/* What the entries of a cache are. Those of eight bits are whole numbers, which a scale for each entry belongs to. */
+enum { FLOAT32, BFLOAT16, INT8 };
+
+INLINE int64_t size_of(int type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
+
+INLINE float element(const void *memory, int64_t at, int type) {
+    if (type == FLOAT32) return ((const float *)memory)[at];
+    if (type == INT8) return ((const int8_t *)memory)[at];
     uint32_t bits = (uint32_t)((const uint16_t *)memory)[at] << 16;
     float value;
     memcpy(&value, &bits, sizeof value);
@@ -59,21 +65,28 @@ INLINE float element(const void *memory, int64_t at, int bfloat16) {
 }
 
 /* LANES elements, the first of them at `at`. */
-INLINE Lanes elements(const void *memory, int64_t at, int bfloat16) {
+INLINE Lanes elements(const void *memory, int64_t at, int type) {
+    typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
     typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
     typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
-    if (!bfloat16) return *(const Lanes *)((const float *)memory + at);
+    typedef int16_t Shorts __attribute__((vector_size(LANES * 2)));
+    typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
+    if (type == FLOAT32) return *(const Lanes *)((const float *)memory + at);
+    if (type == INT8) { /* twice as wide each time: of one step compilers make one for each byte */
+        Shorts shorts = __builtin_convertvector(*(const Bytes *)((const int8_t *)memory + at), Shorts);
+        return __builtin_convertvector(__builtin_convertvector(shorts, Integers), Lanes);
+    }
     return (Lanes)(__builtin_convertvector(*(const Halves *)((const uint16_t *)memory + at), Bits) << 16);
 }
 
 /* output[v, first:dim] = sum of weights[v, j] * values[j, first:dim] over j before `view`: for the channels that
    LANES does not divide. */
-INLINE void narrow_sums(int64_t vectors, int bfloat16, int64_t view, int64_t dim, const float *weights, int64_t stride,
+INLINE void narrow_sums(int64_t vectors, int type, int64_t view, int64_t dim, const float *weights, int64_t stride,
                         const void *values, int64_t first, float *restrict output) {
     for (int64_t v = 0; v < vectors; v++)
         for (int64_t d = first; d < dim; d++) {
             float sum = 0;
-            for (int64_t j = 0; j < view; j++) sum += weights[v * stride + j] * element(values, j * dim + d, bfloat16);
+            for (int64_t j = 0; j < view; j++) sum += weights[v * stride + j] * element(values, j * dim + d, type);
             output[v * dim + d] = sum;
         }
 }

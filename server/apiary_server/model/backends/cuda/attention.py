@@ -36,8 +36,7 @@ class ByIndex(Operations):
     ) -> Tensor:
         """As `Operations.decode`."""
         cache, output = run.cache, torch.empty_like(queries)
-        for memory, new in ((cache.keys, keys), (cache.values, values)):
-            memory[self._slots, layer, :, run.entries] = new.to(memory.dtype)
+        cache.write((self._slots, layer, slice(None), run.entries), keys, values)
         states = [cache.state[state.name][:, layer, :, : run.most] for state in run.states]
         records = [
             Record(state, memory[self._slots]) for state, memory in zip(run.states, states, strict=True)
@@ -47,11 +46,10 @@ class ByIndex(Operations):
         most = max(1, _GATHERED // (kv_heads * head_dim * run.most))
         for start in range(0, len(queries), most):
             rows = slice(start, start + most)
-            index = self._slots[rows, None, None], heads, self._places[rows, None]
+            slots, places = self._slots[rows, None, None], self._places[rows, None]
             output[rows] = attend_decode(
                 queries[rows],
-                cache.keys[:, layer][index],
-                cache.values[:, layer][index],
+                *cache.dense_at((slots, layer, heads, places), cache.dtype),
                 run.entries[rows] + 1,
                 scale,
                 [Record(record.state, record.into[rows]) for record in records],

@@ -12,6 +12,7 @@ from torch import Tensor
 from apiary_server.model.attention import ChunkRun, DecodeRun, chunk, decode
 from apiary_server.model.backends.cpu.attention import Chunk, Decode
 from buzz import Buffers, Rotary, State
+from buzz.eight_bits import rounded
 from buzz.quant import Packed
 
 LAYERS, CAPACITY = 2, 170
@@ -39,12 +40,18 @@ def memory(kv_heads: int, dim: int, dtype: torch.dtype, states: tuple[State, ...
         keys[row, :, :, length:] = math.nan
         values[row, :, :, length:] = math.inf
     named = {state.name: torch.randint(50, shape).to(state.dtype) for state in states}
-    return Buffers(keys.to(dtype), values.to(dtype), torch.zeros(shape, dtype=torch.int32), named)
+    position = torch.zeros(shape, dtype=torch.int32)
+    if dtype != torch.int8:
+        return Buffers(keys.to(dtype), values.to(dtype), position, named)
+    (keys, key_scales), (values, value_scales) = rounded(keys), rounded(values)
+    return Buffers(keys, values, position, named, scales=torch.stack([key_scales, value_scales], dim=1))
 
 
 def copy(buffers: Buffers) -> Buffers:
     state = {name: tensor.clone() for name, tensor in buffers.state.items()}
-    return replace(buffers, keys=buffers.keys.clone(), values=buffers.values.clone(), state=state)
+    scales = None if buffers.scales is None else buffers.scales.clone()
+    keys, values = buffers.keys.clone(), buffers.values.clone()
+    return replace(buffers, keys=keys, values=values, state=state, scales=scales)
 
 
 def run_of(cache: Buffers, states: tuple[State, ...], log_n: int | None) -> DecodeRun:
@@ -61,7 +68,7 @@ def heads_of(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(
     ("states", "log_n"), [((), None), ((MASS,), None), ((FADING, VOTES), 8), ((VOTES, MASS), None)]
 )
@@ -75,13 +82,16 @@ def test_it_does_what_torch_operations_do(
     layer, scale = 1, shape[2] ** -0.5
     found = Decode()(layer, queries, keys, values, scale, run_of(ours, states, log_n))
     expected = decode(layer, queries, keys, values, scale, run_of(theirs, states, log_n))
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    near = 1e-3 if dtype == torch.int8 else 1e-5  # there queries and weights have digits
+    assert torch.allclose(found, expected, rtol=1e-5, atol=near)
     for name in ("keys", "values"):
         assert torch.equal(getattr(ours, name).nan_to_num(7), getattr(theirs, name).nan_to_num(7))
+    if ours.scales is not None and theirs.scales is not None:
+        assert torch.allclose(ours.scales, theirs.scales, rtol=1e-6, equal_nan=True)
     for row, length in enumerate(LENGTHS):
         for name, state in ours.state.items():
             live, twin = (t[row, layer, :, : length + 1] for t in (state, theirs.state[name]))
-            assert torch.allclose(live, twin, rtol=1e-5, atol=1e-5)
+            assert torch.allclose(live, twin, rtol=1e-5, atol=near)
             beyond = state[row, layer, :, length + 1 :]
             assert torch.equal(beyond, before.state[name][row, layer, :, length + 1 :])
             assert torch.equal(state[:, 0], before.state[name][:, 0]), "another layer was touched"
@@ -111,7 +121,7 @@ def in_few_bits(before: Buffers, bits: int, in_cache: bool) -> Buffers:
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("in_cache", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_packed_entries_are_read_as_torch_operations_do(
     dim: int, bits: int, in_cache: bool, dtype: torch.dtype
 ) -> None:
@@ -220,7 +230,7 @@ CHUNKS = [(0, 2), (0, 5), (30, 17), (0, 32), (64, 96), (CAPACITY - 3, 3), (3, CA
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(
     ("states", "log_n"), [((), None), ((MASS,), None), ((FADING, VOTES), 8), ((VOTES, MASS), None)]
 )

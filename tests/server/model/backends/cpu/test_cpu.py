@@ -28,7 +28,10 @@ def test_a_model_of_the_family_gives_its_logits(name: str, weights: str, error: 
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
-def test_alone_and_batched_are_the_same_to_the_bit(weights: Literal["fp32", "int8"]) -> None:
+@pytest.mark.parametrize("cache", [torch.float32, torch.int8])
+def test_alone_and_batched_are_the_same_to_the_bit(
+    weights: Literal["fp32", "int8"], cache: torch.dtype
+) -> None:
     """Prompts and tokens, joining and leaving, through compactions."""
     if weights == "fp32" and not float32.supported():
         pytest.skip("oneDNN's products depend on the number of rows")
@@ -38,7 +41,7 @@ def test_alone_and_batched_are_the_same_to_the_bit(weights: Literal["fp32", "int
     parts = [[tokens_of(i, 5 + 7 * i), *([token] for token in tokens_of(50 + i, 40))] for i in range(4)]
 
     def lines(members: list[int]) -> dict[int, list[torch.Tensor]]:
-        worker = Worker(model, torch.float32)
+        worker = Worker(model, cache)
         worker.runner = Runner(backend)
         sessions = {i: worker.session("buzz2(sink=2,window=4,hot=20,cells=10,block=4)") for i in members}
         found: dict[int, list[torch.Tensor]] = {i: [] for i in members}

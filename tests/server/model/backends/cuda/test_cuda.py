@@ -192,7 +192,7 @@ def test_only_the_rows_that_are_asked_for_get_logits(model: LlamaForCausalLM, ca
         torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize(
     ("dtype", "within"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2), (torch.float16, 0.03)]
 )
