@@ -140,7 +140,7 @@ class Batch:
         shape = (layers, like.shape[1], sizes.capacity, like.shape[3], like.dtype, like.device)
         with torch.inference_mode(False):  # else a later segment in another mode could not write to it
             memory = Buffers.empty(*shape, policy.states, policy.kivi, sizes.packed, sizes.dense)
-        return memory.split(rows)
+        return memory.split(self.layers)
 
 
 def _sizes(memory: Buffers) -> _Sizes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -31,6 +31,9 @@ class Buffers:
         state: by name, `[L, H, C]`: what policies declared in `states`; others are not touched.
         packed: memory for quantised entries; required by policies that quantise.
         scales: float32 `[2, L, H, D]`, of keys and of values, where these are int8: see `buzz.eight_bits`.
+
+    Raises:
+        ValueError: scales are missing, or too many.
     """
 
     keys: Tensor
@@ -39,6 +42,10 @@ class Buffers:
     state: dict[str, Tensor] = field(default_factory=dict)
     packed: Packed | None = None
     scales: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.keys.dtype == torch.int8) != (self.scales is not None):
+            raise ValueError(f"scales belong to entries of int8 alone, and these are {self.keys.dtype}")
 
     @classmethod
     def empty(
@@ -145,12 +152,18 @@ class Buffers:
         scales = None if self.scales is None else view(self.scales)
         return Buffers(view(self.keys), view(self.values), view(self.position), state, packed, scales)
 
-    def split(self, sessions: int) -> Buffers:
-        """Of memory of so many sessions' layers, one session's behind the other's, that with a leading
+    def split(self, layers: int) -> Buffers:
+        """Of memory of several sessions' layers, one session's behind the other's, that with a leading
         dimension of sessions."""
-        scales = None if self.scales is None else self.scales.unflatten(1, (sessions, -1)).transpose(0, 1)
-        rest = replace(self, scales=None).map(lambda tensor: tensor.unflatten(0, (sessions, -1)))
-        return replace(rest, scales=scales)
+        scales, shape = self.scales, (len(self.keys) // layers, layers)
+        return Buffers(
+            self.keys.unflatten(0, shape),
+            self.values.unflatten(0, shape),
+            self.position.unflatten(0, shape),
+            {name: tensor.unflatten(0, shape) for name, tensor in self.state.items()},
+            None if self.packed is None else self.packed.map(lambda tensor: tensor.unflatten(0, shape)),
+            None if scales is None else scales.unflatten(1, shape).transpose(0, 1),
+        )
 
     def of_sessions(self, index: int | slice) -> Buffers:
         """Of memory of several sessions, that of one, or of some; nothing packed is in use."""
@@ -237,9 +250,11 @@ class Buffers:
     def value_norms(self, count: int, dtype: torch.dtype) -> Tensor:
         """The lengths of the first `count` values that are not packed, `[L, H, count]`, in `dtype`."""
         values = self.values[:, :, :count]
-        whole = values if self.scales is None else values.to(dtype)
-        norms: Tensor = torch.linalg.vector_norm(whole, dim=-1, dtype=dtype)
-        return norms if self.scales is None else norms.mul_(self.scales[1, :, :, :count])
+        if self.scales is None:
+            norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
+            return norms
+        each = [torch.linalg.vector_norm(codes.to(dtype), dim=-1) for codes in values]
+        return torch.stack(each).mul_(self.scales[1, :, :, :count])
 
     def extend(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a session's entries from `start` on, and read all up to them; see `Cache.extend`.

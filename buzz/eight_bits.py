@@ -1,7 +1,7 @@
 """Entries in eight bits: whole numbers from -127 to 127, and one float32 scale for each entry and head.
 
-As in any narrow dtype, an entry is rounded as it is written, here by at most 1/254 of its largest channel,
-and moving it elsewhere changes nothing.
+As in any narrow dtype, an entry is rounded as it is written, here by at most 1/254 of its largest channel.
+Rounding it again gives the same codes.
 """
 
 from __future__ import annotations

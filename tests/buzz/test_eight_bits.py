@@ -92,7 +92,7 @@ def test_its_memory_is_a_quarter_and_the_scales() -> None:
     eight, floats = (memory("full(bound=104)", dtype) for dtype in (torch.int8, torch.float32))
     entries = 2 * LAYERS * HEADS * CAPACITY
     assert floats.nbytes - eight.nbytes == entries * (4 * DIM - DIM - 4)
-    both = Buffers.empty(2 * LAYERS, HEADS, CAPACITY, DIM, torch.int8, "cpu").split(2)
+    both = Buffers.empty(2 * LAYERS, HEADS, CAPACITY, DIM, torch.int8, "cpu").split(LAYERS)
     one = both.of_sessions(1)
     one.write((slice(None), slice(None), slice(0, 3)), *torch.ones(2, LAYERS, HEADS, 3, DIM))
     keys, values = both.of_sessions(1).read(slice(None), 3)

@@ -88,7 +88,7 @@ def run(bench: Workbench, plan: Warm, observe: Observer) -> Result:
                 f"{capacity.budget_bytes:,} bytes, and a slot has {slot:,}: at least 2 and not all must be"
             )
         resident, parked = asyncio.run(_compare(bare, names, plan, observe))
-    entry = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * geometry.dtype.itemsize
+    entry = geometry.entry_bytes
     return Result(
         slot_bytes=slot,
         resident=capacity.resident_sessions,

@@ -28,7 +28,7 @@ class Slab:
             self.states(policies),
         )
 
-        self._memory = flat.split(slots)
+        self._memory = flat.split(shape.layers)
 
     def states(self, policies: Sequence[Policy]) -> tuple[State, ...]:
         """All that these policies record, under this slab's names."""

@@ -34,6 +34,12 @@ class Geometry:
     head_dim: int
     dtype: torch.dtype
 
+    @property
+    def entry_bytes(self) -> int:
+        """Of keys and values in all layers."""
+        shapes = Buffers.shapes(self.layers, self.kv_heads, 1, self.head_dim, self.dtype)
+        return sum(dtype.itemsize * math.prod(shape) for name, dtype, shape in shapes if name != "position")
+
 
 @dataclass(frozen=True, slots=True)
 class SlotLayout:

@@ -103,7 +103,7 @@ class _Chunk(ctypes.Structure):
 
 
 class Decode:
-    """`apiary_server.model.attention.decode`, in one pass over each cache.
+    """`apiary_server.model.attention.decode`, in one pass over each cache. Not thread-safe.
 
     Raises:
         OSError: the kernel was not built.

@@ -1,7 +1,7 @@
 /* Attention over entries in eight bits, by the instruction that multiplies and adds bytes (AVX-512 VNNI).
 
-   Queries and weights become whole numbers of two digits, so that nothing is rounded which the entries are not: theirs
-   are 64 times finer. Sums of whole numbers are exact, whatever their order. */
+   Queries and weights become whole numbers of two digits, far finer than those of the entries. What a weight is rounded
+   by is carried to another entry's, so that many small ones are not lost together. Sums of whole numbers are exact. */
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -11,7 +11,7 @@
 
 enum { CHUNK = 64 };           /* channels of an entry that are taken together; what `bytes_fit` asks for */
 enum { MOST_CODE = 127 * 128 }; /* of a query: digits from -64 to 63, and above them from -127 to 127 */
-enum { MOST_WEIGHT = 65535 };
+enum { MOST_WEIGHT = 65534 };   /* to which half a unit may be carried */
 enum { EXACT = 1 << 15 }; /* entries whose sums fit 32 bits */
 
 /* Whether entries of so many channels can be read here; of more, sums could overflow. */
@@ -130,11 +130,13 @@ BYTES float encode_weights(const float *restrict weights, const float *restrict 
         nothing = _mm512_fmadd_ps(some, _mm512_setzero_ps(), nothing);
     }
     float largest = _mm512_reduce_max_ps(most) + _mm512_reduce_add_ps(nothing);
-    __m512 inverse = _mm512_set1_ps(MOST_WEIGHT / largest);
+    __m512 inverse = _mm512_set1_ps(MOST_WEIGHT / largest), carry = _mm512_setzero_ps();
     for (int64_t j = 0; j < entries; j += LANES) {
         __mmask16 mask = entries - j < LANES ? (__mmask16)((1u << (entries - j)) - 1) : 0xffff;
         __m512 some = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, weights + j), _mm512_maskz_loadu_ps(mask, scales + j));
-        __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(some, inverse));
+        carry = _mm512_fmadd_ps(some, inverse, carry);
+        __m512i code = _mm512_cvtps_epi32(_mm512_maskz_mov_ps(mask, carry));
+        carry = _mm512_sub_ps(carry, _mm512_cvtepi32_ps(code));
         _mm_storeu_si128((__m128i *)(digits + j), _mm512_cvtepi32_epi8(_mm512_srli_epi32(code, 8)));
         _mm_storeu_si128((__m128i *)(digits + room + j), _mm512_cvtepi32_epi8(code));
     }

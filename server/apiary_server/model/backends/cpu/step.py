@@ -64,10 +64,15 @@ class DecodeStep:
 
     def _record(self, capacity: int, like: Batch) -> None:
         width, half = len(self._decoder.norm.weight), self._decoder.head_dim // 2
+        tape = Tape()
         with torch.inference_mode(False):  # else a later step in another mode could not write to it
             rows, keep = torch.empty(capacity, width), torch.empty(capacity, dtype=torch.int64)
             cos, sin = torch.empty(2, capacity, 1, half)
-            self._tape = Tape()
-            with self._tape.recording():
-                self._normed = self._decoder.normed(rows, cos, sin, keep, like)
-        self._inputs, self._capacity = (rows, cos, sin, keep), capacity
+            with tape.recording():
+                normed = self._decoder.normed(rows, cos, sin, keep, like)
+        self._tape, self._inputs, self._normed, self._capacity = (
+            tape,
+            (rows, cos, sin, keep),
+            normed,
+            capacity,
+        )

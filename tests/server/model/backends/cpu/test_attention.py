@@ -242,12 +242,10 @@ def test_many_tokens_of_a_session(
     layer, scale = 1, dim**-0.5
     for entries, tokens in CHUNKS:
         all_rows = memory(kv_heads, dim, dtype, states)
-        before = Buffers(
-            torch.randn(LAYERS, kv_heads, CAPACITY, dim).to(dtype),
-            torch.randn(LAYERS, kv_heads, CAPACITY, dim).to(dtype),
-            all_rows.position[0],
-            {name: state[0] for name, state in all_rows.state.items()},
-        )
+        floats = torch.float32 if dtype == torch.int8 else dtype
+        new = torch.randn(2, LAYERS, kv_heads, CAPACITY, dim).to(floats)
+        before = all_rows.of_sessions(0)
+        before.write((slice(None),), *new)
         for state in states:  # entries that are new have received nothing
             before.state[state.name][..., entries:] = 0
         rows = torch.randn(tokens, query_heads + kv_heads, dim)
@@ -268,8 +266,40 @@ def test_many_tokens_of_a_session(
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(ours.keys, theirs.keys)
         assert torch.equal(ours.values, theirs.values)
+        assert ours.scales is None or torch.equal(ours.scales, theirs.scales)  # type: ignore[arg-type]
         for name, state in ours.state.items():
             assert torch.allclose(state, theirs.state[name], rtol=1e-5, atol=1e-5), name
+
+
+def test_many_small_weights_are_not_lost_together() -> None:
+    """One entry that matters, and very many whose weights are less than the rounding of its own."""
+    entries, dim = 8192, 64
+    cache = Buffers.empty(1, 1, entries + 1, dim, torch.int8, "cpu").split(1)
+    keys = torch.zeros(1, 1, 1, entries, dim)
+    keys[..., 0, 0] = 1.0
+    values = torch.ones(1, 1, 1, entries, dim)
+    values[..., 0, :] = -1
+    cache.write((slice(None), slice(None), slice(None), slice(entries)), keys, values)
+    queries = torch.zeros(1, 1, dim)
+    count = torch.tensor([entries])
+    for share in (0.02, 0.06, 0.1, 0.3):  # of all that are small
+        queries[..., 0] = math.log(entries * (1 - share) / share)
+        run = DecodeRun(slice(0, 1), cache, count, count, entries + 1, (), None)
+        found = Decode()(0, queries, torch.zeros(1, 1, dim), torch.ones(1, 1, dim), 1.0, run)
+        assert torch.allclose(found, torch.tensor(2 * share - 1), atol=0.003)
+
+
+def test_an_entry_that_is_not_finite_shows() -> None:
+    for wrong in (math.nan, math.inf):
+        for which in range(3):
+            cache = Buffers.empty(1, 1, 40, 64, torch.int8, "cpu").split(1)
+            cache.write((slice(None),), *torch.randn(2, 1, 1, 1, 40, 64))
+            parts = list(torch.randn(3, 1, 1, 64))
+            parts[which][..., 5] = wrong
+            count = torch.tensor([30])
+            run = DecodeRun(slice(0, 1), cache, count, count, 31, (), None)
+            found = Decode()(0, *parts, 0.1, run)
+            assert not bool(found.isfinite().any())
 
 
 def test_a_chunk_does_not_depend_on_how_threads_share_it() -> None:

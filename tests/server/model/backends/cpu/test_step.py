@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from apiary_server.model.attention import Batch, DecodeRun
 from apiary_server.model.backends.cpu import Cpu, float32, int8
 from apiary_server.model.backends.cpu.step import DecodeStep, by_kernels
+from apiary_server.model.backends.cpu.tape import Tape
 from buzz import Buffers, State
 from tests import tiny
 from tests.server.model.test_decoder import FAMILY, model_of
@@ -65,6 +66,25 @@ def test_it_gives_the_same_bits(weights: Literal["fp32", "int8"]) -> None:
             assert torch.equal(found, expected)
             for mine, other in zip(every(ours), every(theirs), strict=True):
                 assert torch.equal(mine, other)
+
+
+def test_a_recording_that_failed_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    backend = Cpu(LlamaForCausalLM(tiny.config()).eval(), "fp32")
+    cache, generator = memory(), random.Random(0)
+    small, large = (step_of(generator, cache, count) for count in (3, 20))
+
+    def failing(*_: object) -> Tensor:
+        raise MemoryError
+
+    with torch.inference_mode():
+        expected = backend.forward(*small)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tape, "output", failing)
+            with pytest.raises(MemoryError):
+                backend.forward(*large)
+        assert torch.equal(backend.forward(*small).argmax(), expected.argmax())
+        assert backend.forward(*large).isfinite().all()
 
 
 def every(buffers: Buffers) -> list[Tensor]:
