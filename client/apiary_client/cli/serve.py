@@ -70,7 +70,13 @@ def serve(
         str | None, _flag(_MODEL, "float32|bfloat16|float16", "float32", "Data type of the computation.")
     ] = None,
     cache_dtype: Annotated[
-        str | None, _flag(_MODEL, "float32|bfloat16|float16|int8", "float32", "Data type of the cache.")
+        str | None,
+        _flag(
+            _MODEL,
+            "float32|bfloat16|float16|int8",
+            "float32",
+            "Data type of the cache; int8 takes 28% of the memory of float32, and is the fastest.",
+        ),
     ] = None,
     threads: Annotated[str | None, _flag(_MODEL, "N", "0", "Threads of torch; 0 lets torch choose.")] = None,
     cache_budget: Annotated[

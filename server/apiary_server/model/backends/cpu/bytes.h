@@ -3,6 +3,10 @@
    Queries and weights become whole numbers of two digits, far finer than those of the entries. What a weight is rounded
    by is carried to another entry's, so that many small ones are not lost together. Sums of whole numbers are exact. */
 
+#pragma once
+
+#include "stream.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -1,5 +1,7 @@
 /* What all kernels share. */
 
+#pragma once
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

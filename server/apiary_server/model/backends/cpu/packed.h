@@ -1,5 +1,9 @@
 /* Entries in 2 or 4 bits, as `buzz/quant.py` writes them, back to float32. */
 
+#pragma once
+
+#include "kernels.h"
+
 enum { CHANNELS = 32 }; /* that share a minimum and a step */
 
 /* A tensor [layers, slots, kv_heads, ...] in any order of the first three, whose strides count elements. */
