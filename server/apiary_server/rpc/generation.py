@@ -13,9 +13,12 @@ from apiary.v1.generation_pb2_grpc import GenerationServiceServicer
 from apiary_server.engine.delivery import TokenStream
 from apiary_server.engine.places import Place
 from apiary_server.engine.result import Delta
+from apiary_server.errors import SessionBusy
 from apiary_server.rpc.caller import Caller, Context, caller
 from apiary_server.rpc.convert import incoming, outgoing
 from apiary_server.settings import Settings
+
+_NEWS = 0.05  # seconds
 
 if TYPE_CHECKING:
     from apiary_server.engine.engine import Engine
@@ -81,7 +84,13 @@ class GenerationService(GenerationServiceServicer):
     async def _open(
         self, request: pb.GenerateRequest, who: Caller, stream: TokenStream, place: Place
     ) -> None:
-        queued = await asyncio.to_thread(self._begin, request, who, stream, place)
+        try:
+            queued = await asyncio.to_thread(self._begin, request, who, stream, place)
+        except SessionBusy:
+            # A caller that left a stream and asks again at once may be here before the news that it left.
+            await asyncio.sleep(_NEWS)
+            place = self._engine.reserve(who.tenant)
+            queued = await asyncio.to_thread(self._begin, request, who, stream, place)
         await asyncio.wrap_future(queued)
 
     def _begin(

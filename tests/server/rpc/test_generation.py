@@ -185,6 +185,24 @@ async def test_a_busy_session(channel: grpc.aio.Channel, engine: FakeEngine) -> 
     first.cancel()
 
 
+async def test_a_session_that_is_busy_for_a_moment(
+    stub: GenerationServiceStub, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller left a stream, asked again, and was here before the news that it had left."""
+    begin, refused = engine.open, []
+
+    def busy_once(*given: object) -> object:
+        if not refused:
+            refused.append(given)
+            given[2].release()  # type: ignore[attr-defined]  # the place, as the engine does
+            raise errors.SessionBusy("sessions/a has a turn in flight")
+        return begin(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "open", busy_once)
+    assert (await stub.Generate(HI)).text == "t0 t1 t2 t3 "
+    assert len(refused) == 1
+
+
 @pytest.mark.parametrize("method", ["StreamGenerate", "Generate"])
 async def test_cancelling_drops_the_turn(
     stub: GenerationServiceStub, engine: FakeEngine, method: str

@@ -94,6 +94,8 @@ class _Chunk(ctypes.Structure):
         ("keys", c_void_p),
         ("values", c_void_p),
         ("cache_head", c_int64),
+        *((name, c_void_p) for name in ("key_scales", "value_scales")),
+        ("scale_head", c_int64),
         ("output", c_void_p),
         ("seen", c_int64),
         ("scale", c_float),
@@ -175,7 +177,13 @@ class Chunk:
         if not (_fit(queries, keys, values) and _readable(run)):
             return chunk(layer, queries, keys, values, scale, run)
         new = (part.transpose(0, 1) for part in (keys, values))
-        cache_keys, cache_values = run.cache.extend(layer, run.entries, *new)
+        cache, scales = run.cache, None
+        if cache.packed is not None and cache.packed.most:
+            cache_keys, cache_values = cache.extend(layer, run.entries, *new)
+        else:
+            cache.write((layer, slice(None), slice(run.entries, run.total)), *new)
+            cache_keys, cache_values = cache.keys[layer], cache.values[layer]
+            scales = None if cache.scales is None else cache.scales[:, layer]
         tokens, query_heads, dim = queries.shape
         kv_heads = keys.shape[1]
         output = self._attend.output(*queries.shape)
@@ -199,6 +207,9 @@ class Chunk:
             log_n=run.log_n or 0,
             state=_states(run),
         )
+        if scales is not None:
+            task.key_scales, task.value_scales = (each.data_ptr() for each in scales)
+            task.scale_head = scales.stride(1)
         self._attend(task)
         return output
 

@@ -12,11 +12,13 @@ enum { KEYS = 2 * LANES, DOTS = 8, SUMS = 6, WIDTH = 4 * LANES, VALUES = 128, TI
 
 /* Strides count elements. The last dimension of all tensors is contiguous. */
 typedef struct {
-    int64_t tokens, layer, entries, kv_heads, group, dim, type, states; /* entries: the tokens' included; type: not INT8 */
+    int64_t tokens, layer, entries, kv_heads, group, dim, type, states; /* entries: the tokens' included */
     const float *queries; /* [tokens, kv_heads * group, dim] */
     int64_t query_row;
     const void *keys, *values; /* [kv_heads, entries, dim] */
     int64_t cache_head;
+    const float *key_scales, *value_scales; /* [kv_heads, entries], of entries in eight bits */
+    int64_t scale_head;
     float *output; /* [tokens, kv_heads * group, dim], contiguous */
     int64_t seen;
     float scale;
@@ -26,7 +28,9 @@ typedef struct {
 
 typedef struct {
     int64_t head, first, tokens, view, lanes, stride, vectors; /* view: entries that the last token sees; lanes: whole LANES of them */
-    const float *keys; /* of the head, in blocks of KEYS, channel by channel */
+    const float *keys;   /* of the head, in blocks of KEYS, channel by channel */
+    const void *values;  /* of the head, [entries, dim], of a type */
+    int type;
     float *queries, *output;
     float *weights, *factors; /* what makes a vector's weights sum to 1 */
 } Tile;
@@ -39,9 +43,20 @@ INLINE int64_t sees(const Chunk *task, int64_t token) { return task->entries - t
 FOR_EACH_PROCESSOR static void transpose(const Chunk *task, int64_t head, int64_t first, float *restrict into) {
     int64_t dim = task->dim, from = head * task->cache_head + first * dim;
     int64_t count = smaller(KEYS, task->entries - first);
-    for (int64_t k = 0; k < KEYS; k++)
+    const float *scales = task->key_scales + head * task->scale_head + first;
+    for (int64_t k = 0; k < KEYS; k++) {
+        float scale = task->type == INT8 && k < count ? scales[k] : 1;
         for (int64_t d = 0; d < dim; d++)
-            into[d * KEYS + k] = k < count ? element(task->keys, from + k * dim + d, task->type) : 0;
+            into[d * KEYS + k] = k < count ? element(task->keys, from + k * dim + d, task->type) * scale : 0;
+    }
+}
+
+/* A head's values [first, first + KEYS) in eight bits as floats: so often are they read. */
+FOR_EACH_PROCESSOR static void widen(const Chunk *task, int64_t head, int64_t first, float *restrict into) {
+    const int8_t *from = (const int8_t *)task->values + head * task->cache_head + first * task->dim;
+    const float *scales = task->value_scales + head * task->scale_head + first;
+    for (int64_t j = 0; j < smaller(KEYS, task->entries - first); j++)
+        for (int64_t d = 0; d < task->dim; d++) into[j * task->dim + d] = from[j * task->dim + d] * scales[j];
 }
 
 /* weights[v, :KEYS] = queries[v] . keys, for `count` of at most DOTS vectors. */
@@ -123,8 +138,8 @@ INLINE void load_queries(const Chunk *task, const Tile *tile) {
 
 FOR_EACH_PROCESSOR static void work(const Chunk *task, const Tile *tile, float *recorded) {
     float *output = tile->output;
-    int64_t dim = task->dim, stride = tile->stride, size = size_of((int)task->type), v;
-    const char *values = (const char *)task->values + tile->head * task->cache_head * size;
+    int64_t dim = task->dim, stride = tile->stride, v;
+    const void *values = tile->values;
     load_queries(task, tile);
     for (int64_t first = 0; first < tile->view; first += KEYS) {
         const float *keys = tile->keys + first * dim;
@@ -146,16 +161,18 @@ FOR_EACH_PROCESSOR static void work(const Chunk *task, const Tile *tile, float *
     memset(output, 0, sizeof(float) * tile->vectors * dim);
 #define SUM(COUNT, TYPE)                                                                                     \
     sums(COUNT, TYPE, first, end, dim, tile->weights + v * stride, stride, values, channel, output + v * dim + channel)
+#define BY_TYPE(COUNT) tile->type == BFLOAT16 ? SUM(COUNT, BFLOAT16) : SUM(COUNT, FLOAT32)
     for (; channel + WIDTH <= dim; channel += WIDTH)
         for (int64_t first = 0; first < tile->view; first += VALUES) { /* so few stay in the nearest cache */
             int64_t end = smaller(first + VALUES, tile->view);
-            for (v = 0; v + SUMS <= tile->vectors; v += SUMS) task->type ? SUM(SUMS, BFLOAT16) : SUM(SUMS, FLOAT32);
-            for (; v + 3 <= tile->vectors; v += 3) task->type ? SUM(3, BFLOAT16) : SUM(3, FLOAT32);
-            for (; v < tile->vectors; v++) task->type ? SUM(1, BFLOAT16) : SUM(1, FLOAT32);
+            for (v = 0; v + SUMS <= tile->vectors; v += SUMS) BY_TYPE(SUMS);
+            for (; v + 3 <= tile->vectors; v += 3) BY_TYPE(3);
+            for (; v < tile->vectors; v++) BY_TYPE(1);
         }
+#undef BY_TYPE
 #undef SUM
     if (channel < dim)
-        narrow_sums(tile->vectors, task->type, tile->view, dim, tile->weights, stride, values, channel, output);
+        narrow_sums(tile->vectors, tile->type, tile->view, dim, tile->weights, stride, values, channel, output);
     for (v = 0; v < tile->vectors; v++) {
         int64_t token = tile->first + v / task->group, query = tile->head * task->group + v % task->group;
         float *restrict into = task->output + (token * task->kv_heads * task->group + query) * dim;
@@ -190,15 +207,19 @@ int apiary_attend_chunk(const Chunk *task) {
     int64_t kept = task->states * stride;
     float *recorded = malloc(sizeof(float) * (task->kv_heads * tiles * kept + 1));
     float *keys = malloc(sizeof(float) * task->kv_heads * stride * dim);
-    int failed = recorded == NULL || keys == NULL;
+    int eight = task->type == INT8;
+    float *values = eight ? malloc(sizeof(float) * task->kv_heads * stride * dim) : NULL;
+    int failed = recorded == NULL || keys == NULL || (eight && values == NULL);
 #pragma omp parallel reduction(| : failed)
     {
         float *memory = malloc(sizeof(float) * vectors * (stride + 2 * dim + 1));
-        failed |= memory == NULL || recorded == NULL || keys == NULL;
+        failed |= memory == NULL || recorded == NULL || keys == NULL || (eight && values == NULL);
 #pragma omp for collapse(2)
         for (int64_t head = 0; head < task->kv_heads; head++)
-            for (int64_t first = 0; first < stride; first += KEYS)
+            for (int64_t first = 0; first < stride; first += KEYS) {
                 if (!failed) transpose(task, head, first, keys + (head * stride + first) * dim);
+                if (!failed && eight) widen(task, head, first, values + (head * stride + first) * dim);
+            }
 #pragma omp for schedule(dynamic)
         for (int64_t item = task->kv_heads * tiles - 1; item >= 0; item--) { /* those that see most come first */
             if (failed) continue;
@@ -213,6 +234,9 @@ int apiary_attend_chunk(const Chunk *task) {
                 .stride = stride,
                 .vectors = here * task->group,
                 .keys = keys + head * stride * dim,
+                .values = eight ? (const char *)(values + head * stride * dim)
+                                : (const char *)task->values + head * task->cache_head * size_of((int)task->type),
+                .type = eight ? FLOAT32 : (int)task->type,
                 .queries = memory + vectors * stride,
                 .output = memory + vectors * (stride + dim),
                 .weights = memory,
@@ -228,5 +252,6 @@ int apiary_attend_chunk(const Chunk *task) {
     }
     free(recorded);
     free(keys);
+    free(values);
     return failed;
 }
