@@ -57,7 +57,7 @@ class _WhenBusyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WhenBusy.Val
     WHEN_BUSY_UNSPECIFIED: _WhenBusy.ValueType  # 0
     """The server's default: reject."""
     WHEN_BUSY_REJECT: _WhenBusy.ValueType  # 1
-    """FAILED_PRECONDITION at once."""
+    """FAILED_PRECONDITION, after a moment in which the other turn may prove to be over."""
     WHEN_BUSY_WAIT: _WhenBusy.ValueType  # 2
     """Wait for the other turn, in the order of arrival and for as long as the call's deadline allows."""
 
@@ -67,7 +67,7 @@ class WhenBusy(_WhenBusy, metaclass=_WhenBusyEnumTypeWrapper):
 WHEN_BUSY_UNSPECIFIED: WhenBusy.ValueType  # 0
 """The server's default: reject."""
 WHEN_BUSY_REJECT: WhenBusy.ValueType  # 1
-"""FAILED_PRECONDITION at once."""
+"""FAILED_PRECONDITION, after a moment in which the other turn may prove to be over."""
 WHEN_BUSY_WAIT: WhenBusy.ValueType  # 2
 """Wait for the other turn, in the order of arrival and for as long as the call's deadline allows."""
 Global___WhenBusy: _TypeAlias = WhenBusy  # noqa: Y015

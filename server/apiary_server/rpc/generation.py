@@ -13,7 +13,7 @@ from apiary.v1.generation_pb2_grpc import GenerationServiceServicer
 from apiary_server.engine.delivery import TokenStream
 from apiary_server.engine.places import Place
 from apiary_server.engine.result import Delta
-from apiary_server.errors import SessionBusy
+from apiary_server.errors import QueueFull, SessionBusy
 from apiary_server.rpc.caller import Caller, Context, caller
 from apiary_server.rpc.convert import incoming, outgoing
 from apiary_server.settings import Settings
@@ -86,10 +86,15 @@ class GenerationService(GenerationServiceServicer):
     ) -> None:
         try:
             queued = await asyncio.to_thread(self._begin, request, who, stream, place)
-        except SessionBusy:
+        except SessionBusy as busy:
             # A caller that left a stream and asks again at once may be here before the news that it left.
             await asyncio.sleep(_NEWS)
-            place = self._engine.reserve(who.tenant)
+            if stream.closed:
+                raise
+            try:
+                place = self._engine.reserve(who.tenant)
+            except QueueFull:
+                raise busy from None
             queued = await asyncio.to_thread(self._begin, request, who, stream, place)
         await asyncio.wrap_future(queued)
 

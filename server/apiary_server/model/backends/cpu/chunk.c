@@ -43,9 +43,9 @@ INLINE int64_t sees(const Chunk *task, int64_t token) { return task->entries - t
 FOR_EACH_PROCESSOR static void transpose(const Chunk *task, int64_t head, int64_t first, float *restrict into) {
     int64_t dim = task->dim, from = head * task->cache_head + first * dim;
     int64_t count = smaller(KEYS, task->entries - first);
-    const float *scales = task->key_scales + head * task->scale_head + first;
+    const float *scales = task->type == INT8 ? task->key_scales + head * task->scale_head + first : NULL;
     for (int64_t k = 0; k < KEYS; k++) {
-        float scale = task->type == INT8 && k < count ? scales[k] : 1;
+        float scale = scales && k < count ? scales[k] : 1;
         for (int64_t d = 0; d < dim; d++)
             into[d * KEYS + k] = k < count ? element(task->keys, from + k * dim + d, task->type) * scale : 0;
     }

@@ -121,7 +121,8 @@ FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *res
     float *output = task->output + (row * run->kv_heads + head) * group * dim, scale = task->scale;
     if (run->log_n) scale *= fmaxf(1.0f, logf((float)entries) / logf(run->log_n));
     int64_t last = (dense - 1) * dim * size, scales = layer * run->scale_layer + slot * run->scale_slot + head * run->scale_head;
-    float *key_scales = run->key_scales + scales, *value_scales = run->value_scales + scales;
+    float *key_scales = type == INT8 ? run->key_scales + scales : NULL;
+    float *value_scales = type == INT8 ? run->value_scales + scales : NULL;
     float key_scale = write(task->new_keys + row * task->new_key_row + head * dim, keys + last, dim, (int)type);
     float value_scale = write(task->new_values + row * task->new_value_row + head * dim, values + last, dim, (int)type);
     if (type == INT8) {
