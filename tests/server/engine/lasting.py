@@ -36,7 +36,8 @@ def saved(engine: Engine, *ids: str) -> None:
 
     def done() -> bool:
         current = all(shelf.current(session(engine, id)) for id in ids)
-        return current and not archive(engine)._dirty
+        resting = not archive(engine)._dirty and not shelf.untidy and archive(engine)._writing_since is None
+        return current and resting
 
     until(engine, done)
 
