@@ -30,7 +30,7 @@ class Buffers:
         position: int32 `[L, H, C]`, each entry's original token position.
         state: by name, `[L, H, C]`: what policies declared in `states`; others are not touched.
         packed: memory for quantised entries; required by policies that quantise.
-        scales: float32 `[2, L, H, D]`, of keys and of values, where these are int8: see `buzz.eight_bits`.
+        scales: float32 `[L, 2, H, D]`, of keys and of values, where these are int8: see `buzz.eight_bits`.
 
     Raises:
         ValueError: scales are missing, or too many.
@@ -118,7 +118,7 @@ class Buffers:
             ("keys", dtype, entries),
             ("values", dtype, entries),
             ("position", torch.int32, (layers, kv_heads, capacity)),
-            *([("scales", torch.float32, (2, *entries[:-1]))] if dtype == torch.int8 else []),
+            *([("scales", torch.float32, (layers, 2, *entries[1:-1]))] if dtype == torch.int8 else []),
             *([] if bits is None else Packed.shapes(layers, kv_heads, packed, head_dim, bits)),
         ]
 
@@ -155,15 +155,7 @@ class Buffers:
     def split(self, layers: int) -> Buffers:
         """Of memory of several sessions' layers, one session's behind the other's, that with a leading
         dimension of sessions."""
-        scales, shape = self.scales, (len(self.keys) // layers, layers)
-        return Buffers(
-            self.keys.unflatten(0, shape),
-            self.values.unflatten(0, shape),
-            self.position.unflatten(0, shape),
-            {name: tensor.unflatten(0, shape) for name, tensor in self.state.items()},
-            None if self.packed is None else self.packed.map(lambda tensor: tensor.unflatten(0, shape)),
-            None if scales is None else scales.unflatten(1, shape).transpose(0, 1),
-        )
+        return self.map(lambda tensor: tensor.unflatten(0, (len(tensor) // layers, layers)))
 
     def of_sessions(self, index: int | slice) -> Buffers:
         """Of memory of several sessions, that of one, or of some; nothing packed is in use."""
@@ -220,7 +212,7 @@ class Buffers:
             if self.scales is None:
                 memory[at] = new.to(memory.dtype)
             else:
-                memory[at], self.scales.select(-4, number)[at] = rounded(new)
+                memory[at], self.scales.select(-3, number)[at] = rounded(new)
 
     def dense_at(self, at: tuple[Index, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What `write` wrote there, in `dtype`: views where nothing is converted."""
@@ -230,7 +222,7 @@ class Buffers:
         else:
             keys, values = (
                 widened(memory[at], scales[at], dtype)
-                for memory, scales in zip(memories, self.scales.unbind(-4), strict=True)
+                for memory, scales in zip(memories, self.scales.unbind(-3), strict=True)
             )
         return keys, values
 
@@ -242,7 +234,7 @@ class Buffers:
             if self.scales is None:
                 live.copy_(rotary.rotate(live.to(dtype), far))
             else:
-                scales = self.scales[0, layer, :, :count]
+                scales = self.scales[layer, 0, :, :count]
                 turned = rounded(rotary.rotate(widened(live, scales, dtype), far))
                 for memory, new in zip((live, scales), turned, strict=True):
                     memory.copy_(new)
@@ -254,7 +246,7 @@ class Buffers:
             norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
             return norms
         each = [torch.linalg.vector_norm(codes.to(dtype), dim=-1) for codes in values]
-        return torch.stack(each).mul_(self.scales[1, :, :, :count])
+        return torch.stack(each).mul_(self.scales[:, 1, :, :count])
 
     def extend(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a session's entries from `start` on, and read all up to them; see `Cache.extend`.

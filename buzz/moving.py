@@ -77,7 +77,7 @@ class Move:
         keep(source.values, target.values, index)
         keep(source.position.unsqueeze(-1), target.position.unsqueeze(-1), index)
         if source.scales is not None and target.scales is not None:
-            for scales, into in zip(source.scales, target.scales, strict=True):
+            for scales, into in zip(source.scales.unbind(1), target.scales.unbind(1), strict=True):
                 keep(scales.unsqueeze(-1), into.unsqueeze(-1), index)
         if self.in_cache:
             target.turn(count, torch.arange(count, device=index.device) - index, self.rotary, self.dtype)

@@ -115,7 +115,7 @@ class SlotClass:
     """All slots of one layout, as batched tensors: keys and values `[slots, layers, kv_heads, dense,
     head_dim]`, position `[slots, layers, kv_heads, capacity]`, state and saved_state `[slots, states,
     layers, kv_heads, capacity]` (None where there is no state), memory for quantised entries, and scales
-    `[slots, 2, layers, kv_heads, dense]` of such in eight bits."""
+    `[slots, layers, 2, kv_heads, dense]` of such in eight bits."""
 
     def __init__(self, layout: SlotLayout, memory: Tensor) -> None:
         self.layout = layout

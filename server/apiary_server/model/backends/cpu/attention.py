@@ -183,7 +183,7 @@ class Chunk:
         else:
             cache.write((layer, slice(None), slice(run.entries, run.total)), *new)
             cache_keys, cache_values = cache.keys[layer], cache.values[layer]
-            scales = None if cache.scales is None else cache.scales[:, layer]
+            scales = None if cache.scales is None else cache.scales[layer]
         tokens, query_heads, dim = queries.shape
         kv_heads = keys.shape[1]
         output = self._attend.output(*queries.shape)
@@ -253,7 +253,7 @@ def _prepare(run: DecodeRun) -> _Prepared | None:
         packed=packed,
     )
     if cache.scales is not None:
-        keys, values = cache.scales.unbind(1)
+        keys, values = cache.scales.unbind(2)
         prepared.key_scales, prepared.value_scales = keys.data_ptr(), values.data_ptr()
         prepared.scale_slot, prepared.scale_layer, prepared.scale_head, _ = keys.stride()
     return _Prepared(prepared, (slots, lengths, turns))

@@ -111,7 +111,7 @@ BYTES void byte_dot(const int group, const int64_t dim, const float *restrict qu
                         sums[g][digit] = _mm512_dpbusd_epi32(sums[g][digit], key[k], _mm512_set1_epi32(four));
                     }
         }
-        __mmask16 mask = left < LANES ? (__mmask16)((1u << left) - 1) : 0xffff;
+        __mmask16 mask = lanes(left);
         __m512 scale = _mm512_maskz_loadu_ps(mask, scales + j);
 #pragma GCC unroll 4
         for (int g = 0; g < group; g++) {
@@ -128,7 +128,7 @@ BYTES float encode_weights(const float *restrict weights, const float *restrict 
                            uint8_t *restrict digits) {
     __m512 most = _mm512_set1_ps(1e-30f), nothing = _mm512_setzero_ps();
     for (int64_t j = 0; j < entries; j += LANES) {
-        __mmask16 mask = entries - j < LANES ? (__mmask16)((1u << (entries - j)) - 1) : 0xffff;
+        __mmask16 mask = lanes(entries - j);
         __m512 some = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, weights + j), _mm512_maskz_loadu_ps(mask, scales + j));
         most = _mm512_max_ps(some, most);
         nothing = _mm512_fmadd_ps(some, _mm512_setzero_ps(), nothing);
@@ -136,7 +136,7 @@ BYTES float encode_weights(const float *restrict weights, const float *restrict 
     float largest = _mm512_reduce_max_ps(most) + _mm512_reduce_add_ps(nothing);
     __m512 inverse = _mm512_set1_ps(MOST_WEIGHT / largest), carry = _mm512_setzero_ps();
     for (int64_t j = 0; j < entries; j += LANES) {
-        __mmask16 mask = entries - j < LANES ? (__mmask16)((1u << (entries - j)) - 1) : 0xffff;
+        __mmask16 mask = lanes(entries - j);
         __m512 some = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, weights + j), _mm512_maskz_loadu_ps(mask, scales + j));
         carry = _mm512_fmadd_ps(some, inverse, carry);
         __m512i code = _mm512_cvtps_epi32(_mm512_maskz_mov_ps(mask, carry));

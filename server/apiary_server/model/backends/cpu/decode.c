@@ -72,17 +72,21 @@ INLINE float write(const float *restrict from, void *restrict memory, int64_t di
     return largest * (1.0f / 127);
 }
 
+/* Where a state of a head's entries begins; elements have four bytes. */
+INLINE void *begins(const State *state, int64_t layer, int64_t slot, int64_t head) {
+    return (int32_t *)state->into + layer * state->layer + slot * state->slot + head * state->head;
+}
+
 /* One query head after the other: so the loops are vectorised. */
 INLINE void record(const State *state, int64_t layer, int64_t slot, int64_t head, int64_t group, int64_t entries, int64_t seen,
                    const float *restrict weights) {
-    int64_t at = layer * state->layer + slot * state->slot + head * state->head;
     if (state->votes) {
-        int32_t *restrict last = (int32_t *)state->into + at, now = (int32_t)seen;
+        int32_t *restrict last = begins(state, layer, slot, head), now = (int32_t)seen;
         for (int64_t g = 0; g < group; g++)
             for (int64_t j = 0; j < entries; j++)
                 last[j] = weights[g * entries + j] * (float)entries >= 1.0f ? now : last[j];
     } else {
-        float *restrict mass = (float *)state->into + at;
+        float *restrict mass = begins(state, layer, slot, head);
         for (int64_t j = 0; j < entries; j++) mass[j] *= state->decay;
         for (int64_t g = 0; g < group; g++)
             for (int64_t j = 0; j < entries; j++) mass[j] += weights[g * entries + j];
@@ -129,10 +133,7 @@ FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *res
         key_scales[dense - 1] = key_scale;
         value_scales[dense - 1] = value_scale;
     }
-    for (int64_t s = 0; s < run->states; s++) {
-        const State *state = &run->state[s];
-        fetch((const int32_t *)state->into + layer * state->layer + slot * state->slot + head * state->head, entries * 4);
-    }
+    for (int64_t s = 0; s < run->states; s++) fetch(begins(&run->state[s], layer, slot, head), entries * 4);
     if (type == INT8) {
         fetch(key_scales, dense * 4);
         fetch(value_scales, dense * 4);

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "lanes.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -13,7 +15,6 @@
 #define FOR_EACH_PROCESSOR
 #endif
 
-enum { LANES = 16 }; /* floats that are computed with together; narrower processors take several steps */
 typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 enum { LEAST = -126, MOST = 127 }; /* exponents of normal numbers */

@@ -1,8 +1,8 @@
 /* What the linear layers share: a weight lies in panels of COLUMNS outputs, in the order in which they are read. */
 
-#include <stdint.h>
+#include "lanes.h"
 
-enum { LANES = 16, VECTORS = 3, COLUMNS = LANES * VECTORS };
+enum { VECTORS = 3, COLUMNS = LANES * VECTORS };
 enum { LINE = 64, ROUND = VECTORS * LINE }; /* bytes of a panel that are read at a time */
 enum { AHEAD = 8192 };                      /* bytes: weights are asked of memory so long before they are used */
 
@@ -45,8 +45,3 @@ enum { ROWS = 8 };
     case 2: DO(2); break;      \
     case 1: DO(1); break;      \
     }
-
-/* Which of LANES outputs there are where so many are left. */
-static inline uint16_t lanes(int64_t left) {
-    return left >= LANES ? 0xffff : left > 0 ? (uint16_t)((1u << left) - 1) : 0;
-}

@@ -44,7 +44,7 @@ def memory(kv_heads: int, dim: int, dtype: torch.dtype, states: tuple[State, ...
     if dtype != torch.int8:
         return Buffers(keys.to(dtype), values.to(dtype), position, named)
     (keys, key_scales), (values, value_scales) = rounded(keys), rounded(values)
-    return Buffers(keys, values, position, named, scales=torch.stack([key_scales, value_scales], dim=1))
+    return Buffers(keys, values, position, named, scales=torch.stack([key_scales, value_scales], dim=2))
 
 
 def copy(buffers: Buffers) -> Buffers:
