@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,20 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from apiary_client import Client, Session, errors
 
 from .reading import Reader, tokens
-from .worker import APIARY, SMALL, Worker, environment, settled, until
+from .worker import SMALL, Worker, environment, settled, until
 
 ENDLESS = tokens(30_000)
+
+# The command line cannot ask for an answer that goes on at its end, and one that ends by itself may do so
+# before the signal comes.
+READER = """
+import sys
+from apiary_client import Client, Stopping
+endless = Stopping(max_tokens=30_000, ignore_eos=True)
+with Client(sys.argv[1]) as client:
+    for _ in client.stream("Go on.", session=sys.argv[2], stopping=endless):
+        print("one more", flush=True)
+"""
 
 
 @pytest.fixture
@@ -64,9 +76,7 @@ def test_a_client_that_is_killed(client: Client, session: Session, worker: Worke
     answer = tmp_path / "answer"
     with answer.open("wb") as out:
         victim = subprocess.Popen(
-            [APIARY, "generate", "Go on.", "--session", session.id, "--max-tokens", "30000"],
-            env=environment(APIARY_TARGET=worker.target),
-            stdout=out,
+            [sys.executable, "-c", READER, worker.target, session.id], env=environment(), stdout=out
         )
     try:
         assert until(lambda: answer.stat().st_size > 100, 30)
@@ -95,12 +105,12 @@ def test_a_session_that_is_deleted_while_it_answers(client: Client, session: Ses
 
 
 def test_a_busy_session_refuses_a_second_turn(client: Client, session: Session) -> None:
-    reader = Reader(client.stream("Go on.", session=session, stopping=tokens(600), timeout=60))
+    reader = Reader(client.stream("Go on.", session=session, stopping=tokens(2000), timeout=60))
     assert reader.begun.wait(30)
     with pytest.raises(errors.SessionBusy) as caught:
         client.generate("And?", session=session, timeout=10)
     assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
-    assert reader.end().usage.completion_tokens == 600
+    assert reader.end().usage.completion_tokens == 2000
     assert client.get_session(session).turn_count == 2
 
 
