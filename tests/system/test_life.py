@@ -166,7 +166,7 @@ def test_sigterm_drains(start_worker: Callable[..., Worker], tiny_model: Path) -
     with worker.client() as client, grpc.insecure_channel(worker.target) as channel:
         health = HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
         assert next(health).status == health_pb2.HealthCheckResponse.SERVING
-        short = Reader(client.stream("Good bye.", stopping=tokens(200), timeout=60))
+        short = Reader(client.stream("Good bye.", stopping=tokens(600), timeout=60))
         endless = Reader(client.stream("Never end.", stopping=ENDLESS, timeout=60))
         assert short.begun.wait(30)
         assert endless.begun.wait(30)
@@ -179,7 +179,7 @@ def test_sigterm_drains(start_worker: Callable[..., Worker], tiny_model: Path) -
         assert caught.value.retry_after == 1.0
         finished = short.end()
         assert finished.error is None
-        assert len(finished.token_ids) == 200
+        assert len(finished.token_ids) == 600
         assert finished.times[-1] > signalled
         cut = endless.end()
         assert isinstance(cut.error, errors.Draining)
