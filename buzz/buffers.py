@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from buzz.eight_bits import rounded, widened
+from buzz.eight_bits import norms, rounded, widened
 from buzz.policy import State
 from buzz.quant import Packed
 from buzz.rotary import Rotary
@@ -241,12 +241,8 @@ class Buffers:
 
     def value_norms(self, count: int, dtype: torch.dtype) -> Tensor:
         """The lengths of the first `count` values that are not packed, `[L, H, count]`, in `dtype`."""
-        values = self.values[:, :, :count]
-        if self.scales is None:
-            norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
-            return norms
-        each = [torch.linalg.vector_norm(codes.to(dtype), dim=-1) for codes in values]
-        return torch.stack(each).mul_(self.scales[:, 1, :, :count])
+        scales = None if self.scales is None else self.scales[:, 1, :, :count]
+        return norms(self.values[:, :, :count], scales, dtype)
 
     def extend(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a session's entries from `start` on, and read all up to them; see `Cache.extend`.

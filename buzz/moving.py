@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from buzz import operators
 from buzz.buffers import Buffers
 from buzz.merging import merged
 from buzz.policy import Compaction
@@ -176,14 +177,11 @@ def _heads(tensor: Tensor) -> Iterator[Tensor]:
     return (head for layer in tensor for head in layer)
 
 
-_operators = torch.library.Library("buzz", "DEF")
-_operators.define("keep(Tensor source, Tensor(a!) target, Tensor index) -> ()")
-_operators.impl("keep", _keep, "CompositeExplicitAutograd")
+operators.define("keep(Tensor source, Tensor(a!) target, Tensor index) -> ()", _keep)
 
 
 def keep(source: Tensor, target: Tensor, index: Tensor) -> None:
-    """Write the entries that stay to the front of the target: an operator, `buzz::keep`, for which a backend
-    may register a kernel of its own.
+    """Write the entries that stay to the front of the target: the operator `buzz::keep`.
 
     Args:
         source: `[L, H, n, ...]`, the entries of a head one behind the other.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from buzz import operators
+
 
 def top(score: Tensor, count: int, preferred: Tensor | None = None) -> Tensor:
     """The places of the `count` largest of `[..., n]`, ascending, int64; the first wins a tie.
@@ -21,9 +23,11 @@ def top(score: Tensor, count: int, preferred: Tensor | None = None) -> Tensor:
 
 
 def honeycomb(score: Tensor, hot: int, cells: int) -> Tensor:
-    """The places of the `hot` largest of `[..., n]`, and of the largest in each cell of the others.
+    """The places of the `hot` largest of `[..., n]`, and of the largest in each cell of the others: the
+    operator `buzz::honeycomb`.
 
-    The others are cut in order into `cells` cells whose sizes differ by at most one. The first wins a tie.
+    The others are cut in order into `cells` cells whose sizes differ by at most one. The first wins a tie,
+    and NaN counts as infinite.
 
     Args:
         score: floating `[..., n]`, n at least `hot + cells`.
@@ -33,15 +37,26 @@ def honeycomb(score: Tensor, hot: int, cells: int) -> Tensor:
     Returns:
         int64 `[..., hot + cells]`, ascending.
     """
+    places: Tensor = torch.ops.buzz.honeycomb(score, hot, cells)
+    return places
+
+
+def default_honeycomb(score: Tensor, hot: int, cells: int) -> Tensor:
+    score = score.nan_to_num(torch.inf, torch.inf, -torch.inf)
     count = score.shape[-1] - hot
     kept = _largest(score, hot)
+    if not cells:
+        return _places(kept, hot)
     others = _places(~kept, count)
-    edges = torch.arange(cells + 1, device=score.device) * count // max(cells, 1)
-    place = edges[:-1, None] + torch.arange(-(-count // max(cells, 1)), device=score.device)
+    edges = torch.arange(cells + 1, device=score.device) * count // cells
+    place = edges[:-1, None] + torch.arange(-(-count // cells), device=score.device)
     outside = place >= edges[1:, None]
     in_cells = score.gather(-1, others)[..., place.clamp(max=count - 1)].masked_fill(outside, float("-inf"))
     best = edges[:-1] + in_cells.argmax(dim=-1)
     return _places(kept.scatter_(-1, others.gather(-1, best), True), hot + cells)
+
+
+operators.define("honeycomb(Tensor score, int hot, int cells) -> Tensor", default_honeycomb)
 
 
 def _largest(score: Tensor, count: int) -> Tensor:

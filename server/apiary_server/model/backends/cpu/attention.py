@@ -15,7 +15,7 @@ from apiary_server.model.backends.cpu.kernel import Kernel
 from buzz import MAX_STATES
 from buzz.quant import Packed
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Of caches that are read, as `kernels.h` numbers them."""
 _LANES = 16  # bytes of codes that are unpacked together
 
@@ -194,7 +194,7 @@ class Chunk:
             kv_heads=kv_heads,
             group=query_heads // kv_heads,
             dim=dim,
-            type=_TYPES[cache_keys.dtype],
+            type=TYPES[cache_keys.dtype],
             states=len(run.states),
             queries=queries.data_ptr(),
             query_row=queries.stride(0),
@@ -237,7 +237,7 @@ def _prepare(run: DecodeRun) -> _Prepared | None:
     prepared = _Run(
         kv_heads=cache.keys.shape[2],
         dim=cache.keys.shape[4],
-        type=_TYPES[cache.keys.dtype],
+        type=TYPES[cache.keys.dtype],
         states=len(run.states),
         keys=cache.keys.data_ptr(),
         values=cache.values.data_ptr(),
@@ -305,7 +305,7 @@ def _readable(run: DecodeRun | ChunkRun) -> bool:
     """Whether the kernels read such caches."""
     cache = run.cache
     return (
-        cache.keys.dtype in _TYPES
+        cache.keys.dtype in TYPES
         and len(run.states) <= MAX_STATES
         and all(state.element_size() == 4 for state in cache.state.values())
     )

@@ -71,7 +71,16 @@ def test_without_its_kernel_it_says_so_and_computes_the_same(
     config = FAMILY["llama"]()
     model = model_of(config)
     expected = logits_of(Cpu(model, "fp32").forward, config)
-    names = ("kernels.h", "elementwise.c", "decode.c", "chunk.c", "float32.c", "int8.c", "moving.c", "tape.c")
+    names = (
+        "kernels.h",
+        "elementwise.c",
+        "decode.c",
+        "chunk.c",
+        "float32.c",
+        "int8.c",
+        "compaction.c",
+        "tape.c",
+    )
     for name in names:
         (tmp_path / name).write_text("/* not compiled */")
     monkeypatch.setattr("apiary_server.model.backends.cpu.library._HERE", tmp_path)
