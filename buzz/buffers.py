@@ -206,6 +206,28 @@ class Buffers:
                 f"{self.packed.capacity if self.packed else 0} and {self.dense}"
             )
 
+    def begin(self, start: int, end: int, seen: int, states: Sequence[State]) -> None:
+        """Note a session's entries `[start, end)`, whose first is its token number `seen`, and start their
+        states."""
+        position = self.position[:, :, start:end]
+        position.copy_(torch.arange(seen, seen + end - start, dtype=position.dtype, device=position.device))
+        for state in states:
+            fresh = self.state[state.name][:, :, start:end]
+            if state.kind == "vote":
+                fresh.copy_(position)
+            else:
+                fresh.zero_()
+
+    def begin_each(self, sessions: Tensor, starts: Tensor, seen: Tensor, states: Sequence[State]) -> None:
+        """`begin` for one entry of each of some sessions: `starts` and `seen` are int64 `[B]`, as is which
+        sessions' they are."""
+        position = seen[:, None, None].to(self.position.dtype)
+        self.position[sessions, :, :, starts] = position
+        for state in states:
+            memory = self.state[state.name]
+            fresh = position if state.kind == "vote" else torch.zeros_like(position)
+            memory[sessions, :, :, starts] = fresh.to(memory.dtype)
+
     def write(self, at: tuple[Index, ...], keys: Tensor, values: Tensor) -> None:
         """Write entries that are not packed to `keys[at]` and `values[at]`."""
         for number, (memory, new) in enumerate(((self.keys, keys), (self.values, values))):

@@ -162,18 +162,8 @@ class Cache:
         Raises:
             ValueError: they do not fit the memory.
         """
-        end = self.n + count
-        self.buffers.require(end, self.packed)
-        position = self.buffers.position
-        position[:, :, self.n : end] = torch.arange(
-            self.seen, self.seen + count, dtype=position.dtype, device=position.device
-        )
-        for state in self.states:
-            fresh = self.buffers.state[state.name][:, :, self.n : end]
-            if state.kind == "vote":
-                fresh.copy_(position[:, :, self.n : end])
-            else:
-                fresh.zero_()
+        self.buffers.require(self.n + count, self.packed)
+        self.buffers.begin(self.n, self.n + count, self.seen, self.states)
 
     def records(self, layer: int, end: int) -> list[Record]:
         """What attention over the first `end` entries of a layer must record."""

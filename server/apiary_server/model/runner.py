@@ -51,13 +51,23 @@ class Runner:
         positions = [at for piece in packed for at in piece.cache.next_positions(len(piece.tokens))]
         asked = {i: starts[at + 1] - 1 for at, i in enumerate(order) if pieces[i].logits}
         last = [asked[i] for i in sorted(asked)]
-        for piece in packed:
-            piece.cache.prepare(len(piece.tokens))
+        batch = self._batch(packed, starts)
+        self._prepare(packed, batch)
         ids, places, keep = map(self._tensor, (tokens, positions, last))
-        logits = self._backend.forward(ids, places, keep, self._batch(packed, starts))
+        logits = self._backend.forward(ids, places, keep, batch)
         for piece in packed:
             piece.cache.append(len(piece.tokens))
         return logits
+
+    def _prepare(self, packed: Sequence[Piece], batch: Batch) -> None:
+        """As `Cache.prepare`, for all sessions that decode in a run at once."""
+        for piece in packed:
+            if piece.decodes:
+                piece.cache.buffers.require(piece.cache.n + 1, piece.cache.packed)
+            else:
+                piece.cache.prepare(len(piece.tokens))
+        for run in batch.decodes:
+            run.cache.begin_each(self._tensor(run.slots or ()), run.entries, run.seen, run.states)
 
     def _batch(self, packed: Sequence[Piece], starts: Sequence[int]) -> Batch:
         batch = Batch()

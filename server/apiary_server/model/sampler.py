@@ -16,6 +16,7 @@ from torch import Tensor
 from apiary_server.model.types import Sampling, TokenLogprob
 
 _HEAD = 1024  # likeliest tokens that are put in order at first
+_PART = 256  # tokens of the vocabulary whose maximum is taken together
 _MOST = float(torch.finfo(torch.float32).max)
 
 
@@ -53,11 +54,12 @@ def sample(logits: Tensor, choices: Sequence[Choice]) -> list[Sampled]:
         logits: `[rows, vocab]`, any float dtype; not changed.
         choices: one per row.
     """
-    logits = logits.float()
-    sound = torch.isfinite(logits.amax(dim=-1)).tolist()  # a NaN or +inf anywhere shows in the maximum
-    raw = logits
-    logits = _penalise(logits, choices)
-    tokens = logits.argmax(dim=-1)
+    raw = logits.float()
+    tokens, largest = _likeliest(raw)
+    sound = torch.isfinite(largest).tolist()  # a NaN or +inf anywhere shows in the maximum
+    logits = _penalise(raw, choices)
+    if logits is not raw:
+        tokens, _ = _likeliest(logits)
     random = [row for row, choice in enumerate(choices) if choice.sampling.temperature > 0 and sound[row]]
     if random:
         rows = torch.tensor(random, device=logits.device)
@@ -67,6 +69,24 @@ def sample(logits: Tensor, choices: Sequence[Choice]) -> list[Sampled]:
     return [
         Sampled(token, logprobs.get(row)) if sound[row] else Sampled(None) for row, token in enumerate(chosen)
     ]
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of the largest of each row, NaN being larger than all, and its value: `[rows]` each.
+
+    Torch's argmax looks at one number after the other, its maximum at many together; so the maximum of each
+    part says in which part to look.
+    """
+    rows, vocabulary = logits.shape
+    whole = vocabulary // _PART * _PART
+    largest = logits[:, :whole].view(rows, -1, _PART).amax(dim=-1)
+    if whole < vocabulary:
+        largest = torch.cat([largest, logits[:, whole:].amax(dim=-1, keepdim=True)], dim=-1)
+    start = largest.argmax(dim=-1, keepdim=True) * _PART
+    ids = (start + torch.arange(_PART, device=logits.device)).clamp_(max=vocabulary - 1)
+    part = logits.gather(-1, ids)
+    place = part.argmax(dim=-1, keepdim=True)
+    return ids.gather(-1, place).squeeze(-1), part.gather(-1, place).squeeze(-1)
 
 
 def _penalise(logits: Tensor, choices: Sequence[Choice]) -> Tensor:

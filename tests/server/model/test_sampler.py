@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apiary_server.engine.request import Sampling
-from apiary_server.model.sampler import Choice, _draw, _draw_among, sample, uniform
+from apiary_server.model.sampler import Choice, _draw, _draw_among, _likeliest, sample, uniform
 
 VOCABULARY = 40
 INF, NAN = float("inf"), float("nan")
@@ -259,6 +259,17 @@ def test_ties_go_to_the_lower_id() -> None:
     assert {token(flat, choice(3, i, temperature=1.0, top_p=1e-9)) for i in range(60)} == {0}
     everything = {token(flat, choice(3, i, temperature=1.0, min_p=1.0)) for i in range(600)}
     assert everything == set(range(VOCABULARY))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 1000])
+def test_the_likeliest_are_where_torch_finds_them(vocabulary: int) -> None:
+    logits = torch.randint(
+        0, 5, (20, vocabulary), generator=torch.Generator().manual_seed(vocabulary)
+    ).float()
+    logits[0], logits[1, vocabulary // 2], logits[2, -1], logits[3] = -INF, INF, NAN, NAN
+    tokens, largest = _likeliest(logits)
+    assert torch.equal(tokens, logits.argmax(dim=-1))
+    torch.testing.assert_close(largest, logits.amax(dim=-1), rtol=0, atol=0, equal_nan=True)
 
 
 def test_logprobs_are_of_the_models_own_distribution() -> None:
