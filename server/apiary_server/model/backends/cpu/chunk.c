@@ -205,53 +205,56 @@ int apiary_attend_chunk(const Chunk *task) {
     int64_t tokens = most < 1 ? 1 : smaller(most, TILE), tiles = (task->tokens + tokens - 1) / tokens;
     int64_t stride = whole(task->entries, KEYS), vectors = tokens * task->group;
     int64_t kept = task->states * stride;
-    float *recorded = malloc(sizeof(float) * (task->kv_heads * tiles * kept + 1));
-    float *keys = malloc(sizeof(float) * task->kv_heads * stride * dim);
     int eight = task->type == INT8;
-    float *values = eight ? malloc(sizeof(float) * task->kv_heads * stride * dim) : NULL;
-    int failed = recorded == NULL || keys == NULL || (eight && values == NULL);
-#pragma omp parallel reduction(| : failed)
+    float *recorded, *keys, *values; /* of all threads */
+#pragma omp single copyprivate(recorded, keys, values)
     {
-        float *memory = malloc(sizeof(float) * vectors * (stride + 2 * dim + 1));
-        failed |= memory == NULL || recorded == NULL || keys == NULL || (eight && values == NULL);
-#pragma omp for collapse(2)
-        for (int64_t head = 0; head < task->kv_heads; head++)
-            for (int64_t first = 0; first < stride; first += KEYS) {
-                if (!failed) transpose(task, head, first, keys + (head * stride + first) * dim);
-                if (!failed && eight) widen(task, head, first, values + (head * stride + first) * dim);
-            }
-#pragma omp for schedule(dynamic)
-        for (int64_t item = task->kv_heads * tiles - 1; item >= 0; item--) { /* those that see most come first */
-            if (failed) continue;
-            int64_t tile = item / task->kv_heads, head = item % task->kv_heads, first = tile * tokens;
-            int64_t here = smaller(tokens, task->tokens - first);
-            Tile piece = {
-                .head = head,
-                .first = first,
-                .tokens = here,
-                .view = sees(task, first + here - 1),
-                .lanes = whole(sees(task, first + here - 1), LANES),
-                .stride = stride,
-                .vectors = here * task->group,
-                .keys = keys + head * stride * dim,
-                .values = eight ? (const char *)(values + head * stride * dim)
-                                : (const char *)task->values + head * task->cache_head * size_of((int)task->type),
-                .type = eight ? FLOAT32 : (int)task->type,
-                .queries = memory + vectors * stride,
-                .output = memory + vectors * (stride + dim),
-                .weights = memory,
-                .factors = memory + vectors * (stride + 2 * dim),
-            };
-            work(task, &piece, recorded + (head * tiles + tile) * kept);
-        }
-#pragma omp for collapse(2)
-        for (int64_t head = 0; head < task->kv_heads; head++)
-            for (int64_t s = 0; s < task->states; s++)
-                if (!failed) add_up(task, head, s, tokens, stride, recorded + head * tiles * kept);
-        free(memory);
+        recorded = malloc(sizeof(float) * (task->kv_heads * tiles * kept + 1));
+        keys = malloc(sizeof(float) * task->kv_heads * stride * dim);
+        values = eight ? malloc(sizeof(float) * task->kv_heads * stride * dim) : NULL;
     }
-    free(recorded);
-    free(keys);
-    free(values);
+    float *memory = malloc(sizeof(float) * vectors * (stride + 2 * dim + 1));
+    int failed = memory == NULL || recorded == NULL || keys == NULL || (eight && values == NULL);
+#pragma omp for collapse(2)
+    for (int64_t head = 0; head < task->kv_heads; head++)
+        for (int64_t first = 0; first < stride; first += KEYS) {
+            if (!failed) transpose(task, head, first, keys + (head * stride + first) * dim);
+            if (!failed && eight) widen(task, head, first, values + (head * stride + first) * dim);
+        }
+#pragma omp for schedule(dynamic)
+    for (int64_t item = task->kv_heads * tiles - 1; item >= 0; item--) { /* those that see most come first */
+        if (failed) continue;
+        int64_t tile = item / task->kv_heads, head = item % task->kv_heads, first = tile * tokens;
+        int64_t here = smaller(tokens, task->tokens - first);
+        Tile piece = {
+            .head = head,
+            .first = first,
+            .tokens = here,
+            .view = sees(task, first + here - 1),
+            .lanes = whole(sees(task, first + here - 1), LANES),
+            .stride = stride,
+            .vectors = here * task->group,
+            .keys = keys + head * stride * dim,
+            .values = eight ? (const char *)(values + head * stride * dim)
+                            : (const char *)task->values + head * task->cache_head * size_of((int)task->type),
+            .type = eight ? FLOAT32 : (int)task->type,
+            .queries = memory + vectors * stride,
+            .output = memory + vectors * (stride + dim),
+            .weights = memory,
+            .factors = memory + vectors * (stride + 2 * dim),
+        };
+        work(task, &piece, recorded + (head * tiles + tile) * kept);
+    }
+#pragma omp for collapse(2)
+    for (int64_t head = 0; head < task->kv_heads; head++)
+        for (int64_t s = 0; s < task->states; s++)
+            if (!failed) add_up(task, head, s, tokens, stride, recorded + head * tiles * kept);
+    free(memory);
+#pragma omp single nowait
+    {
+        free(recorded);
+        free(keys);
+        free(values);
+    }
     return failed;
 }

@@ -3,10 +3,6 @@
 
 #include "kernels.h"
 
-/* Entries that several threads share. A thread that has ever asked others for help keeps them (threads.py), and
-   policies are tried on few entries wherever one is parsed. */
-enum { MANY = 1 << 12 };
-
 typedef struct {
     int64_t rows; /* layers */
     int64_t heads, entries, dim, type;
@@ -64,7 +60,7 @@ FOR_EACH_PROCESSOR static void norms(const Norms *task, int64_t layer, int64_t h
 }
 
 int apiary_norms(const Norms *task) {
-#pragma omp parallel for collapse(2) if (task->rows * task->heads * task->entries >= MANY)
+#pragma omp for collapse(2) nowait
     for (int64_t layer = 0; layer < task->rows; layer++)
         for (int64_t head = 0; head < task->heads; head++) norms(task, layer, head);
     return 0;
@@ -110,13 +106,13 @@ FOR_EACH_PROCESSOR static void honeycomb(const Honeycomb *task, int64_t row) {
 }
 
 int apiary_honeycomb(const Honeycomb *task) {
-#pragma omp parallel for if (task->rows * task->entries >= MANY)
+#pragma omp for nowait
     for (int64_t row = 0; row < task->rows; row++) honeycomb(task, row);
     return 0;
 }
 
 int apiary_keep(const Keep *task) {
-#pragma omp parallel for collapse(2) if (task->rows * task->heads * task->kept >= MANY)
+#pragma omp for collapse(2) nowait
     for (int64_t layer = 0; layer < task->rows; layer++)
         for (int64_t head = 0; head < task->heads; head++) {
             const char *source = task->source + layer * task->source_layer + head * task->source_head;

@@ -13,6 +13,9 @@ from apiary_server.model.backends.cpu.attention import TYPES
 from apiary_server.model.backends.cpu.kernel import Kernel
 from buzz import eight_bits, ranking
 
+_MANY = 2**12
+"""Entries that several threads share: policies are tried on few, by whichever thread parses one."""
+
 
 class _Norms(ctypes.Structure):
     """As in `compaction.c`, like those below."""
@@ -76,7 +79,7 @@ def _norms(kernel: Kernel, entries: Tensor, scales: Tensor | None, dtype: torch.
     )
     if scales is not None:
         task.scales, task.scale_layer, task.scale_head = scales.data_ptr(), *scales.stride()[:2]
-    kernel(task)
+    kernel(task, alone=output.numel() < _MANY)
     return output
 
 
@@ -87,7 +90,8 @@ def _honeycomb(kernel: Kernel, score: Tensor, hot: int, cells: int) -> Tensor:
     score, ranks = score.contiguous(), torch.empty(score.shape, dtype=torch.int32)
     kept = torch.empty(*rows, hot + cells, dtype=torch.int64)
     count = score.numel() // max(entries, 1)
-    kernel(_Honeycomb(count, entries, hot, cells, score.data_ptr(), ranks.data_ptr(), kept.data_ptr()))
+    task = _Honeycomb(count, entries, hot, cells, score.data_ptr(), ranks.data_ptr(), kept.data_ptr())
+    kernel(task, alone=score.numel() < _MANY)
     return kept
 
 
@@ -108,5 +112,6 @@ def _keep(kernel: Kernel, source: Tensor, target: Tensor, index: Tensor) -> None
             target_layer=target.stride(0) * size,
             target_head=target.stride(1) * size,
             index=index.data_ptr(),
-        )
+        ),
+        alone=index.numel() < _MANY,
     )

@@ -170,19 +170,16 @@ FOR_EACH_PROCESSOR static void work(const Decode *task, int64_t item, float *res
 /* Returns 0, or 1 where there was no memory for the weights. */
 int apiary_attend_decode(const Decode *task) {
     const Run *run = task->run;
-    int failed = 0, bytes = run->type == INT8 && bytes_fit(run->dim);
-#pragma omp parallel reduction(| : failed)
-    {
-        float *weights = malloc(sizeof(float) * task->group * run->longest);
-        float *room = malloc(sizeof(float) * ROOM * run->dim);
-        void *digits = bytes ? malloc(bytes_room(run->dim, run->longest)) : NULL;
-        failed = weights == NULL || room == NULL || (bytes && digits == NULL);
-#pragma omp for schedule(guided) /* items in a row, so that the next one is known */
-        for (int64_t item = 0; item < task->rows * run->kv_heads; item++)
-            if (!failed) work(task, item, weights, room, digits);
-        free(weights);
-        free(room);
-        free(digits);
-    }
+    int bytes = run->type == INT8 && bytes_fit(run->dim);
+    float *weights = malloc(sizeof(float) * task->group * run->longest);
+    float *room = malloc(sizeof(float) * ROOM * run->dim);
+    void *digits = bytes ? malloc(bytes_room(run->dim, run->longest)) : NULL;
+    int failed = weights == NULL || room == NULL || (bytes && digits == NULL);
+#pragma omp for schedule(guided) nowait /* items in a row, so that the next one is known */
+    for (int64_t item = 0; item < task->rows * run->kv_heads; item++)
+        if (!failed) work(task, item, weights, room, digits);
+    free(weights);
+    free(room);
+    free(digits);
     return failed;
 }

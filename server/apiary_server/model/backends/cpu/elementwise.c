@@ -1,9 +1,7 @@
 /* What lies between a decoder's products, for float32 rows: normalisation, rotation, the gate. Each is one
-   pass over its rows, which are few in decoding; so threads share them only where they are many. */
+   pass over its rows. */
 
 #include "kernels.h"
-
-enum { MANY = 1 << 16 };
 
 typedef struct {
     int64_t rows, size;
@@ -45,7 +43,7 @@ FOR_EACH_PROCESSOR static void norm(int64_t size, float *restrict row, const flo
 /* input += more, where there is more; output = input / rms(input) * weight. */
 int apiary_norm(const Norm *task) {
     int64_t size = task->size;
-#pragma omp parallel for if (task->rows * size >= MANY)
+#pragma omp for nowait
     for (int64_t r = 0; r < task->rows; r++)
         norm(size, task->input + r * size, task->more ? task->more + r * size : NULL, task->weight, task->eps,
              task->output + r * size);
@@ -65,7 +63,7 @@ FOR_EACH_PROCESSOR static void rotate(int64_t heads, int64_t half, float *restri
 /* Rotates the first `heads` of each row in place. */
 int apiary_rotate(const Rotate *task) {
     int64_t half = task->half;
-#pragma omp parallel for if (task->rows * task->heads * half >= MANY)
+#pragma omp for nowait
     for (int64_t r = 0; r < task->rows; r++)
         rotate(task->heads, half, task->input + r * task->stride, task->cosines + r * half, task->sines + r * half);
     return 0;
@@ -78,7 +76,7 @@ FOR_EACH_PROCESSOR static void gate(int64_t size, const float *restrict row, flo
 /* output = silu(input[:, :size]) * input[:, size:] */
 int apiary_gate(const Gate *task) {
     int64_t size = task->size;
-#pragma omp parallel for if (task->rows * size >= MANY)
+#pragma omp for nowait
     for (int64_t r = 0; r < task->rows; r++) gate(size, task->input + r * 2 * size, task->output + r * size);
     return 0;
 }
@@ -86,6 +84,7 @@ int apiary_gate(const Gate *task) {
 /* output = input[index] */
 int apiary_take(const Take *task) {
     int64_t size = task->size;
+#pragma omp for nowait
     for (int64_t r = 0; r < task->rows; r++)
         memcpy(task->output + r * size, task->input + task->index[r] * size, size * sizeof(float));
     return 0;

@@ -82,7 +82,7 @@ int apiary_float32_supported(void) { return __builtin_cpu_supports("avx512f") !=
 /* Returns 0, as it needs no memory. A thread is dealt its share of what is left each time it asks: long streams of
    memory at first, and little at the end, since the threads that deliver tokens take a processor now and then. */
 int apiary_float32_linear(const Linear *task) {
-#pragma omp parallel for collapse(2) schedule(guided)
+#pragma omp for collapse(2) schedule(guided) nowait
     for (int64_t row = 0; row < task->rows; row += SHARE)
         for (int64_t column = 0; column < task->outputs; column += COLUMNS)
             columns_of(task, column, row, row + SHARE < task->rows ? row + SHARE : task->rows);

@@ -139,30 +139,19 @@ TARGET void apiary_int8_turn(float *rows, int64_t count, int64_t inputs, const f
     for (int64_t row = 0; row < count; row++) turn(rows + row * inputs, inputs, signs);
 }
 
-/* Returns 0, or 1 where there was no memory for the codes. */
+/* Returns 0, or 1 where there was no memory. */
 int apiary_int8_linear(const Linear *task) {
     int64_t quads = (task->inputs + 3) / 4;
-    uint8_t *codes = malloc(task->rows * quads * 4);
-    float *scales = malloc(task->rows * sizeof *scales);
-    int failed = codes == NULL || scales == NULL;
-    if (!failed) {
-#pragma omp parallel reduction(| : failed)
-        {
-            float *room = malloc(quads * 4 * sizeof *room);
-            failed = room == NULL;
+    uint8_t *codes = task->room;
+    float *scales = (float *)task->room + task->rows * quads, *room = malloc(quads * 4 * sizeof *room);
 #pragma omp for
-            for (int64_t row = 0; row < task->rows; row++)
-                if (!failed)
-                    scales[row] = encode(task, task->input + row * task->input_row, quads, room, codes + row * quads * 4);
-            free(room);
-#pragma omp for schedule(guided) /* see float32.c */
-            for (int64_t column = 0; column < task->outputs; column += COLUMNS)
-                columns(task, column, quads, codes, scales);
-        }
-    }
-    free(codes);
-    free(scales);
-    return failed;
+    for (int64_t row = 0; row < task->rows; row++)
+        if (room) scales[row] = encode(task, task->input + row * task->input_row, quads, room, codes + row * quads * 4);
+    free(room);
+#pragma omp for schedule(guided) nowait /* see float32.c */
+    for (int64_t column = 0; column < task->outputs; column += COLUMNS)
+        columns(task, column, quads, codes, scales);
+    return room == NULL;
 }
 #else
 int apiary_int8_supported(void) { return 0; }

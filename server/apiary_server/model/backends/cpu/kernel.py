@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_int, c_void_p
+from ctypes import c_void_p
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from apiary_server.model.backends.cpu.library import library
 
 
 class Kernel:
-    """A function `apiary_NAME` that does a task, which begins with its number of rows; it is recorded instead
-    where a tape is.
+    """A function `apiary_NAME` by which a team of threads does a task, which begins with its number of rows;
+    it is recorded instead where a tape is.
 
     Args:
         source: the C file's name.
@@ -26,17 +26,17 @@ class Kernel:
 
     def __init__(self, source: str, name: str) -> None:
         self._name = name
-        self._function = library(source)[f"apiary_{name}"]
-        self._function.argtypes, self._function.restype = [c_void_p], c_int
-        self._address = ctypes.cast(self._function, c_void_p).value
+        self._address = ctypes.cast(library(source)[f"apiary_{name}"], c_void_p).value
+        self._player = tape.Player()
 
     def output(self, *shape: int) -> Tensor:
         """Memory for float32 results."""
         recording = tape.current()
         return torch.empty(shape) if recording is None else recording.output(shape)
 
-    def __call__(self, task: ctypes.Structure) -> None:
-        """Do it.
+    def __call__(self, task: ctypes.Structure, *, alone: bool = False) -> None:
+        """Do it, by this thread `alone` or with others. A thread that has ever had any keeps them, so that
+        little work is better done alone in those that do no other (see `apiary_server.threads`).
 
         Raises:
             MemoryError: there is not enough.
@@ -44,5 +44,5 @@ class Kernel:
         recording = tape.current()
         if recording is not None:
             recording.append(self._name, self._address, task)
-        elif self._function(byref(task)):
+        elif not self._player.one(self._address, task, alone=alone):
             raise MemoryError(f"no memory for {self._name}")

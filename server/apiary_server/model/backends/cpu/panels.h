@@ -15,6 +15,7 @@ typedef struct {
     float *output;       /* [rows, outputs], contiguous */
     const void *scales, *offsets; /* of weights in eight bits, [outputs, rounded up]; else NULL */
     const float *signs;           /* of such, [inputs]; else NULL */
+    void *room; /* of such, for the rows' codes and scales: as many bytes as [rows, inputs / 4, rounded up, + 1] floats */
 } Linear;
 
 /* What to ask of memory in the first round of a panel for a block of rows, and how much further in each round. The

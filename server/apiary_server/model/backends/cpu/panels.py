@@ -23,7 +23,7 @@ class _Linear(ctypes.Structure):
         *((name, c_int64) for name in ("rows", "inputs", "outputs", "halves")),
         ("input", c_void_p),
         ("input_row", c_int64),
-        *((name, c_void_p) for name in ("weights", "bias", "output", "scales", "offsets", "signs")),
+        *((name, c_void_p) for name in ("weights", "bias", "output", "scales", "offsets", "signs", "room")),
     )
 
 
@@ -89,6 +89,8 @@ class Panels:
         task.rows = len(rows)
         task.input, task.input_row = rows.data_ptr(), rows.stride(0)
         task.output = output.data_ptr()
+        room = None if task.signs is None else self._linear.output(len(rows), -(-task.inputs // 4) + 1)
+        task.room = _address(room)
         self._linear(task)
         return output
 

@@ -25,6 +25,28 @@ class _Operation(ctypes.Structure):
     _fields_ = (("kernel", c_void_p), ("task", c_void_p), ("seconds", c_double))
 
 
+class Player:
+    """Runs kernels.
+
+    Raises:
+        OSError: it was not built.
+    """
+
+    def __init__(self) -> None:
+        self._play = library("tape").apiary_play
+        self._play.argtypes, self._play.restype = [c_void_p, c_int64, c_int64, c_int], c_int
+
+    def __call__(self, operations: ctypes.Array[_Operation], rows: int, *, alone: bool = False) -> bool:
+        """Run them one after the other, by torch's threads or by this one `alone`; False: one of them had no
+        memory, and those behind it did not run."""
+        return not self._play(operations, len(operations), rows, alone)
+
+    def one(self, kernel: int | None, task: ctypes.Structure, *, alone: bool = False) -> bool:
+        """Run one, as it is not recorded."""
+        rows = c_int64.from_buffer(task).value
+        return self((_Operation * 1)(_Operation(kernel, ctypes.addressof(task))), rows, alone=alone)
+
+
 class Tape:
     """What kernels were asked for while it was `recording`. Nothing else that happened then is repeated, and
     what their tasks point to has to stay where it is.
@@ -34,8 +56,7 @@ class Tape:
     """
 
     def __init__(self) -> None:
-        self._play = library("tape").apiary_play
-        self._play.argtypes, self._play.restype = [c_void_p, c_int64, c_int64], c_int
+        self._player = Player()
         self._tasks: list[tuple[str, int | None, ctypes.Structure]] = []
         self._free: defaultdict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         self._operations = (_Operation * 0)()
@@ -78,7 +99,7 @@ class Tape:
         Raises:
             MemoryError: a kernel had not enough.
         """
-        if self._play(self._operations, len(self._operations), rows):
+        if not self._player(self._operations, rows):
             raise MemoryError(f"no memory for a step of {rows} rows")
 
 

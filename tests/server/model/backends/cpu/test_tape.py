@@ -73,4 +73,4 @@ def test_a_kernel_without_memory_ends_it() -> None:
             tape.append("failing", ctypes.cast(failing, ctypes.c_void_p).value, Task())
     with pytest.raises(MemoryError, match="a step of 5 rows"):
         tape(5)
-    assert calls == [1]
+    assert calls == [1] * torch.get_num_threads(), "the second is not reached"
