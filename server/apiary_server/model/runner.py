@@ -66,8 +66,9 @@ class Runner:
                 piece.cache.buffers.require(piece.cache.n + 1, piece.cache.packed)
             else:
                 piece.cache.prepare(len(piece.tokens))
+        slots = self._tensor([piece.place.index for piece in packed if piece.decodes])
         for run in batch.decodes:
-            run.cache.begin_each(self._tensor(run.slots or ()), run.entries, run.seen, run.states)
+            run.cache.begin_each(slots[run.rows], run.entries, run.seen, run.states)
 
     def _batch(self, packed: Sequence[Piece], starts: Sequence[int]) -> Batch:
         batch = Batch()
