@@ -49,10 +49,9 @@ class Model:
         vocabulary: of the logits.
         query_heads: of a layer.
         geometry: of the cache.
-        dtype: of what lies between the layers; and of the weights, unless they are int8.
-        int8: whether they are.
-        halves: whether they are bfloat16 numbers in a float32 model, which the backend `cpu` keeps as such,
-            by what the checkpoint says of itself.
+        dtype: of what lies between the layers.
+        int8: whether weights are.
+        stored: bytes of a weight where it is kept, without the scales of int8.
     """
 
     linears: tuple[Linear, ...]
@@ -62,23 +61,35 @@ class Model:
     geometry: Geometry
     dtype: torch.dtype
     int8: bool
-    halves: bool = False
+    stored: float
 
     @classmethod
-    def of(cls, path: Path, geometry: Geometry, dtype: torch.dtype, *, int8: bool) -> Self:
-        """The model in a Hugging Face directory; its weights are not read."""
+    def of(
+        cls, path: Path, geometry: Geometry, dtype: torch.dtype, *, int8: bool, kept: int | None = None
+    ) -> Self:
+        """The model in a Hugging Face directory; its weights are not read.
+
+        Args:
+            path: the directory.
+            geometry: of the cache.
+            dtype: as above.
+            int8: as above.
+            kept: bytes of all linear layers' weights where they are not int8; None: as `dtype` has it.
+        """
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+        linears = tuple(_linears(model))
+        weights = sum(layer.inputs * layer.outputs for layer in linears)
         return cls(
-            linears=tuple(_linears(model)),
+            linears=linears,
             hidden=config.hidden_size,
             vocabulary=config.vocab_size,
             query_heads=config.num_attention_heads,
             geometry=geometry,
             dtype=dtype,
             int8=int8,
-            halves=not int8 and dtype == torch.float32 and config.dtype == torch.bfloat16,
+            stored=1 if int8 else dtype.itemsize if kept is None else kept / weights,
         )
 
 
@@ -153,8 +164,7 @@ def operations(model: Model, policy: Policy, load: Load) -> Iterator[Operation]:
 
 def _linear(model: Model, layer: Linear, rows: float) -> Operation:
     item, size = model.dtype.itemsize, layer.inputs * layer.outputs
-    stored = torch.bfloat16.itemsize if model.halves else item
-    weights = size + layer.outputs * _SCALE_BYTES if model.int8 else size * stored
+    weights = size * model.stored + (layer.outputs * _SCALE_BYTES if model.int8 else 0)
     bias = layer.outputs * item if layer.bias else 0
     activations = rows * (layer.inputs + layer.outputs) * item
     arithmetic = 2 * rows * size

@@ -19,6 +19,7 @@ from apiary_bench.roofline.breakdown import Breakdown, Step
 from apiary_bench.roofline.ceilings import Ceilings
 from apiary_bench.roofline.floor import Load, Model, floors, operations
 from apiary_bench.roofline.part import Part
+from apiary_server.model.backends.cpu import Cpu
 from apiary_server.model.catalog import resolve
 from apiary_server.threads import apart
 
@@ -108,7 +109,9 @@ def run(bench: Workbench, plan: Plan, observe: Observer) -> Result:
     ceilings = ceilings.best(_ceilings(bench))
     measured_once()
     loaded = bench.loaded
-    model = Model.of(resolve(bench.settings.model), loaded.geometry, loaded.backend.dtype, int8=_int8(bench))
+    kept = loaded.backend.weight_bytes if isinstance(loaded.backend, Cpu) else None
+    path, dtype = resolve(bench.settings.model), loaded.backend.dtype
+    model = Model.of(path, loaded.geometry, dtype, int8=_int8(bench), kept=kept)
 
     def floor(load: Load) -> dict[Part, float]:
         return floors(operations(model, policy, load), ceilings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +32,7 @@ def model(*, int8: bool = False, cache: torch.dtype = torch.float32) -> Model:
         geometry=Geometry(2, 2, 32, cache),
         dtype=torch.float32,
         int8=int8,
+        stored=1 if int8 else 4,
     )
 
 
@@ -54,7 +54,7 @@ def test_linear_layers() -> None:
         (200 + 4 * 20 + 3 * 30 * 4, 2 * 3 * 200, True),
         (100 + 4 * 5 + 4 * 5 + 3 * 25 * 4, 2 * 3 * 100, True),
     ]
-    assert found(Part.LINEAR, replace(model(), halves=True), "window") == [
+    assert found(Part.LINEAR, replace(model(), stored=2), "window") == [
         (2 * 200 + 3 * 30 * 4, 2 * 3 * 200, False),
         (2 * 100 + 4 * 5 + 3 * 25 * 4, 2 * 3 * 100, False),
     ]
@@ -110,12 +110,17 @@ def test_a_model_s_linear_layers(tmp_path: Path, changes: dict[str, bool]) -> No
     ]
     assert made.linears == (*layer, *layer, Linear(32, 259, False))
     assert (made.hidden, made.vocabulary, made.query_heads) == (32, 259, 4)
-    assert not made.halves
+    assert made.stored == 4
 
 
-def test_a_checkpoint_in_bfloat16_is_kept_as_such(tmp_path: Path) -> None:
+def test_how_weights_are_kept(tmp_path: Path) -> None:
     path = tiny.save(tmp_path, tiny.config())
-    written = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**written, "dtype": "bfloat16"}))
-    assert Model.of(path, GEOMETRY, torch.float32, int8=False).halves
-    assert not Model.of(path, GEOMETRY, torch.bfloat16, int8=False).halves
+    weights = sum(
+        layer.inputs * layer.outputs for layer in Model.of(path, GEOMETRY, torch.bfloat16, int8=True).linears
+    )
+    stored = [
+        Model.of(path, GEOMETRY, torch.float32, int8=False, kept=weights * 5 // 4).stored,
+        Model.of(path, GEOMETRY, torch.bfloat16, int8=False).stored,
+        Model.of(path, GEOMETRY, torch.float32, int8=True, kept=weights * 5 // 4).stored,
+    ]
+    assert stored == [1.25, 2, 1]

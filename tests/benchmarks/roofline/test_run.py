@@ -43,7 +43,8 @@ def test_whole_periods_of_steps(model_path: Path, measured: list[Any]) -> None:
     assert heard.stages["ceilings"] == [(0, 2), (1, 2), (2, 2)]
     assert heard.stages["turns"][-1] == (8, 8)
     assert heard.whole()
-    model = Model.of(model_path, bench.loaded.geometry, torch.float32, int8=False)
+    kept = bench.loaded.backend.weight_bytes  # type: ignore[attr-defined]
+    model = Model.of(model_path, bench.loaded.geometry, torch.float32, int8=False, kept=kept)
     for row, sessions in zip(result.rows, (1, 3), strict=True):
         assert row.sessions == row.load.rows == sessions
         assert len(row.steps) == 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from apiary_server.model.attention import Batch
 from apiary_server.model.backends.cpu.operations import Kernels, fastest
+from apiary_server.model.backends.cpu.panels import Panels
 from apiary_server.model.backends.cpu.step import DecodeStep, by_kernels
 from apiary_server.model.decoder import Decoder, ForeignStructure
 
@@ -43,6 +45,15 @@ class Cpu:
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Of the linear layers, as they are kept and read in every step; None: a library keeps them."""
+        decoder = self._decoder
+        inner = ((each.qkv, each.output, each.gate_up, each.down) for each in decoder.layers)
+        linears = [decoder.head, *itertools.chain.from_iterable(inner)]
+        panels = [linear for linear in linears if isinstance(linear, Panels)]
+        return sum(each.nbytes for each in panels) if len(panels) == len(linears) else None
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
         step = self._step

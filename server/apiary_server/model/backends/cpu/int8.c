@@ -124,7 +124,7 @@ TARGET static void columns(const Linear *task, int64_t column, int64_t quads, co
     const int8_t *panel = (const int8_t *)task->weights + column * quads * 4;
     int64_t blocks = (task->rows + ROWS - 1) / ROWS;
     for (int64_t b = 0, row = 0; b < blocks; b++, row += ROWS) {
-        Ahead next = ahead(panel, quads, b, blocks);
+        Ahead next = ahead(panel, quads * ROUND, quads, b, blocks);
 #define BLOCK(ROWS_) block(ROWS_, task, row, column, quads, panel, next, codes + row * quads * 4, scales + row)
         BY_ROWS(task->rows - row, BLOCK);
 #undef BLOCK

@@ -7,7 +7,7 @@ enum { LINE = 64, ROUND = VECTORS * LINE }; /* bytes of a panel that are read at
 enum { AHEAD = 8192 };                      /* bytes: weights are asked of memory so long before they are used */
 
 typedef struct {
-    int64_t rows, inputs, outputs, halves;
+    int64_t rows, inputs, outputs, kind;
     const float *input; /* [rows, inputs] */
     int64_t input_row;
     const void *weights; /* [outputs / COLUMNS, rounded up, ...]: panels, zeros beyond the last output */
@@ -18,7 +18,7 @@ typedef struct {
     void *room; /* of such, for the rows' codes and scales: as many bytes as [rows, inputs / 4, rounded up, + 1] floats */
 } Linear;
 
-/* What to ask of memory in the first round of a panel for a block of rows, and how much further in each round. The
+/* What to ask of memory in the first of `rounds` over a panel of so many bytes, for a block of rows, and how much further in each. The
    first block reads the panel from memory and the others from the cache; so that memory never rests, all of them (the
    first SHARING, of very many) share in asking for the panel behind it, so early that the first block never waits. */
 typedef struct {
@@ -26,9 +26,9 @@ typedef struct {
     int64_t step;
 } Ahead;
 
-static inline Ahead ahead(const void *panel, int64_t rounds, int64_t block, int64_t blocks) {
+static inline Ahead ahead(const void *panel, int64_t size, int64_t rounds, int64_t block, int64_t blocks) {
     enum { SHARING = 16 };
-    int64_t sharing = blocks < SHARING ? blocks : SHARING, size = rounds * ROUND, step = ROUND / sharing;
+    int64_t sharing = blocks < SHARING ? blocks : SHARING, step = size / rounds / sharing;
     const char *first = (const char *)panel + AHEAD + size - size / sharing;
     return block < sharing ? (Ahead){first + block * rounds * step, step} : (Ahead){first + size, 0};
 }

@@ -20,7 +20,7 @@ class _Linear(ctypes.Structure):
     """As in `panels.h`."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("rows", "inputs", "outputs", "halves")),
+        *((name, c_int64) for name in ("rows", "inputs", "outputs", "kind")),
         ("input", c_void_p),
         ("input_row", c_int64),
         *((name, c_void_p) for name in ("weights", "bias", "output", "scales", "offsets", "signs", "room")),
@@ -42,13 +42,13 @@ class Panels:
     Args:
         kernel: its name.
         shape: outputs and inputs.
-        weights: the panels, `[outputs / COLUMNS, rounded up, ...]`, which are copied; of bfloat16 where the
-            kernel reads two inputs at a time.
+        weights: the panels, `[outputs / COLUMNS, rounded up, ...]`, which are copied.
         bias: float32 `[outputs]`.
         memory: for the copy; None: memory of its own.
         scales: of weights in eight bits, float32 `[outputs, rounded up]`.
         offsets: of such, int32 `[outputs, rounded up]`.
         signs: of such, float32 `[inputs]`.
+        kind: of the panels, where the kernel has several.
 
     Raises:
         OSError: the kernel was not built.
@@ -64,6 +64,7 @@ class Panels:
         scales: Tensor | None = None,
         offsets: Tensor | None = None,
         signs: Tensor | None = None,
+        kind: int = 0,
     ) -> None:
         self._linear = Kernel(kernel, f"{kernel}_linear")
         outputs, inputs = shape
@@ -73,13 +74,18 @@ class Panels:
         self._task = _Linear(
             inputs=inputs,
             outputs=outputs,
-            halves=weights.dtype == torch.bfloat16,
+            kind=kind,
             weights=self._weights.data_ptr(),
             bias=_address(self._bias),
             scales=_address(scales),
             offsets=_address(offsets),
             signs=_address(signs),
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weight, as it is kept."""
+        return self._weights.nbytes
 
     def __call__(self, rows: Tensor) -> Tensor:
         if rows.stride(-1) != 1:

@@ -6,9 +6,10 @@ from typing import Literal
 import pytest
 import torch
 from structlog.testing import capture_logs
+from torch import nn
 from transformers import LlamaForCausalLM
 
-from apiary_server.model.backends.cpu import Cpu, float32
+from apiary_server.model.backends.cpu import Cpu, float32, int8
 from apiary_server.model.backends.cpu.library import library
 from apiary_server.model.decoder import ForeignStructure
 from apiary_server.model.runner import Runner
@@ -60,6 +61,20 @@ def test_alone_and_batched_are_the_same_to_the_bit(
         assert all(map(torch.equal, alone, together[i]))
 
 
+@pytest.mark.parametrize(("weights", "least"), [("fp32", 4), ("int8", 1)])
+def test_bytes_of_its_weights(weights: str, least: int) -> None:
+    """Panels of 48 outputs, so that some more is kept than there is."""
+    config = FAMILY["llama"]()
+    model = model_of(config)
+    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    found = Cpu(model, weights).weight_bytes  # type: ignore[arg-type]
+    supported = (float32 if weights == "fp32" else int8).supported()
+    assert (found is not None) == supported
+    if found is not None:
+        count = sum(weight.numel() for weight in linears)
+        assert least * count <= found <= 2 * least * count
+
+
 def test_it_computes_in_float32() -> None:
     with pytest.raises(ForeignStructure, match=r"not in torch\.bfloat16 on cpu"):
         Cpu(model_of(FAMILY["llama"](), torch.bfloat16), "fp32")
@@ -86,8 +101,8 @@ def test_without_its_kernel_it_says_so_and_computes_the_same(
     monkeypatch.setattr("apiary_server.model.backends.cpu.library._HERE", tmp_path)
     library.cache_clear()
     with capture_logs() as logs:
-        found, int8 = (logits_of(Cpu(model, weights).forward, config) for weights in ("fp32", "int8"))
+        found, bytes_ = (logits_of(Cpu(model, weights).forward, config) for weights in ("fp32", "int8"))
     library.cache_clear()
     assert torch.allclose(found, expected, atol=1e-5)
-    assert torch.allclose(int8, expected, atol=0.1 * float(expected.abs().max()))
+    assert torch.allclose(bytes_, expected, atol=0.1 * float(expected.abs().max()))
     assert [log["log_level"] for log in logs] == ["warning"] * 3

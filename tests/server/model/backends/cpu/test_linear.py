@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -13,6 +14,8 @@ from apiary_server.model.backends.cpu.float32 import Avx512
 from apiary_server.model.backends.cpu.int8 import Vnni
 from apiary_server.model.backends.cpu.linear import Int8, Packed, turned
 from apiary_server.model.decoder import Linear
+
+from .test_codes import quantised_as
 
 SHAPES = [(96, 48), (576, 1536), (101, 37)]
 needs_avx512 = pytest.mark.skipif(not float32.supported(), reason="this processor has no AVX-512")
@@ -63,11 +66,29 @@ def test_weights_that_are_bfloat16_give_the_same_in_half_the_memory(
     weight, bias = layer(shape)
     exact = weight.bfloat16().float()
     product, rows = Avx512(exact, bias), rows_like(shape, count)
-    assert product._weights.nbytes == (exact.nbytes / 2 if shape[1] % 2 == 0 else 4 * 144 * shape[1])
+    assert product.nbytes == (exact.nbytes / 2 if shape[1] % 2 == 0 else 4 * 144 * shape[1])
     exact[0, 0] = math.nan  # so that all are kept whole
     whole = Avx512(exact, bias)
-    assert whole._weights.nbytes == 4 * -(-shape[0] // 48) * 48 * shape[1]
+    assert whole.nbytes == 4 * -(-shape[0] // 48) * 48 * shape[1]
     assert torch.equal(product(rows)[:, 1:], whole(rows)[:, 1:])
+
+
+@needs_avx512
+@pytest.mark.parametrize("shape", [(96, 64), (576, 1536), (101, 96)])
+@pytest.mark.parametrize("count", [1, 5, 8, 9, 16, 63, 64, 75, 150])
+def test_weights_of_a_quantised_file_give_the_same_in_a_third_of_the_memory(
+    shape: tuple[int, int], count: int
+) -> None:
+    weight, bias = layer(shape)
+    dequantised = quantised_as(GGMLQuantizationType.Q4_1, weight)
+    rows = rows_like(shape, count)
+    product = Avx512(dequantised, bias)
+    assert product.nbytes == 1.25 * -(-shape[0] // 48) * 48 * shape[1]
+    dequantised[0, 0] = math.nan  # so that all are kept whole
+    whole = Avx512(dequantised, bias)
+    assert whole.nbytes == 4 * -(-shape[0] // 48) * 48 * shape[1]
+    assert torch.equal(product(rows)[:, 1:], whole(rows)[:, 1:])
+    assert product(rows)[:, 0].isfinite().all()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 13, 37, 40, 64, 576, 1536])
