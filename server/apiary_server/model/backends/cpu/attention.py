@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apiary_server.model.attention import ChunkRun, DecodeRun, chunk, decode
 from apiary_server.model.backends.cpu.kernel import Kernel
+from apiary_server.sessions.pool import SlotClass
 from buzz import MAX_STATES
 from buzz.quant import Packed
 
@@ -114,17 +115,28 @@ class Decode:
     def __init__(self) -> None:
         self._attend = Kernel("decode", "attend_decode")
         self._prepared: WeakKeyDictionary[DecodeRun, _Prepared | None] = WeakKeyDictionary()
+        self._memories: WeakKeyDictionary[SlotClass, dict[object, _Run | None]] = WeakKeyDictionary()
         self._run = _Run()  # to which all tasks point
 
     def load(self, run: DecodeRun) -> bool:
         """Have this run's caches read by what follows, a tape that is played included; whether the kernel
         reads such."""
         if run not in self._prepared:
-            self._prepared[run] = _prepare(run)
+            memory = self._memory(run)
+            self._prepared[run] = None if memory is None else _prepare(run, memory)
         prepared = self._prepared[run]
         if prepared is not None:
             ctypes.pointer(self._run)[0] = prepared.run
         return prepared is not None
+
+    def _memory(self, run: DecodeRun) -> _Run | None:
+        """`_memory_of`, once for all runs of a class of slots."""
+        if run.home is None:
+            return _memory_of(run)
+        known, rule = self._memories.setdefault(run.home, {}), (run.states, run.log_n)
+        if rule not in known:
+            known[rule] = _memory_of(run)
+        return known[rule]
 
     def __call__(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun
@@ -219,22 +231,16 @@ class _Prepared:
     """`kept` is what the run points to and the `DecodeRun` does not have."""
 
     run: _Run
-    kept: tuple[Tensor, ...]
+    kept: tuple[Tensor | None, ...]
 
 
-def _prepare(run: DecodeRun) -> _Prepared | None:
-    """None: the kernel does not read such caches."""
+def _memory_of(run: DecodeRun) -> _Run | None:
+    """A run of these caches, but for which of them it has and what they hold. None: the kernel does not read
+    such."""
     if not _readable(run):
         return None
-    cache, packed, turns = run.cache, _Packed(), torch.empty(0)
-    if cache.packed is not None and cache.packed.most:
-        unpacking = _unpacking(cache.packed, run)
-        if unpacking is None:
-            return None
-        packed, turns = unpacking
-    slots = torch.tensor(range(len(run.entries)) if run.slots is None else run.slots)
-    lengths = run.entries + 1
-    prepared = _Run(
+    cache = run.cache
+    memory = _Run(
         kv_heads=cache.keys.shape[2],
         dim=cache.keys.shape[4],
         type=TYPES[cache.keys.dtype],
@@ -244,18 +250,33 @@ def _prepare(run: DecodeRun) -> _Prepared | None:
         cache_layer=cache.keys.stride(1),
         cache_slot=cache.keys.stride(0),
         cache_head=cache.keys.stride(2),
-        slots=slots.data_ptr(),
-        lengths=lengths.data_ptr(),
-        seen=run.seen.data_ptr(),
-        longest=run.most,
         log_n=run.log_n or 0,
         state=_states(run),
-        packed=packed,
     )
     if cache.scales is not None:
         keys, values = cache.scales.unbind(2)
-        prepared.key_scales, prepared.value_scales = keys.data_ptr(), values.data_ptr()
-        prepared.scale_slot, prepared.scale_layer, prepared.scale_head, _ = keys.stride()
+        memory.key_scales, memory.value_scales = keys.data_ptr(), values.data_ptr()
+        memory.scale_slot, memory.scale_layer, memory.scale_head, _ = keys.stride()
+    return memory
+
+
+def _prepare(run: DecodeRun, memory: _Run) -> _Prepared | None:
+    """None: the kernel does not read such caches."""
+    prepared, turns = _Run.from_buffer_copy(memory), None
+    packed = run.cache.packed
+    if packed is not None and packed.most:
+        unpacking = _unpacking(packed, run)
+        if unpacking is None:
+            return None
+        prepared.packed, turns = unpacking
+    slots = torch.tensor(range(len(run.entries)) if run.slots is None else run.slots)
+    lengths = run.entries + 1
+    prepared.slots, prepared.lengths, prepared.seen = (
+        slots.data_ptr(),
+        lengths.data_ptr(),
+        run.seen.data_ptr(),
+    )
+    prepared.longest = run.most
     return _Prepared(prepared, (slots, lengths, turns))
 
 
