@@ -18,9 +18,7 @@ GROUP = 32
 _SPANS = (15, 31)  # steps from a block's least weight to its largest: Q4_1, Q5_1
 _SIDES = (127, 8, 16)  # steps from zero to its largest size: Q8_0, Q4_0, Q5_0
 _ZERO = 128  # the code of zero, where it is in the middle
-_TOGETHER = (
-    2**14
-)  # blocks that are looked at together: temporary memory stays small, and others are left early
+_TOGETHER = 2**14  # blocks that are looked at together, so that temporary memory stays small
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,8 @@ class Codes:
 
 
 def decomposed(weight: Tensor) -> Codes | None:
-    """What makes a float32 weight `[outputs, inputs]`; None: it is not of such a file."""
+    """What makes a float32 weight `[outputs, inputs]`; None: it is not of such a file, which its first blocks
+    tell."""
     outputs, inputs = weight.shape
     if inputs % GROUP or not outputs:
         return None

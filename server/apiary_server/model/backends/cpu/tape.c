@@ -7,8 +7,8 @@
 
 typedef struct {
     int (*kernel)(void *task); /* returns 0, or something else where a thread had no memory */
-    int64_t *task;  /* which begins with its number of rows */
-    double seconds; /* that it took the last time */
+    int64_t *task;             /* which begins with its number of rows */
+    double seconds;            /* that it took the last time */
 } Operation;
 
 static double now(void) {
