@@ -9,7 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from buzz.eight_bits import norms, rounded, widened
+from buzz.eight_bits import rounded, widened
+from buzz.norms import norms
 from buzz.policy import State
 from buzz.quant import Packed
 from buzz.rotary import Rotary

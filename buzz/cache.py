@@ -153,6 +153,14 @@ class Cache:
         start = self.n if self.rotated_in_cache else self.seen
         return range(start, start + count)
 
+    def require(self, count: int) -> None:
+        """Check that a step's `count` tokens fit the memory.
+
+        Raises:
+            ValueError: they do not.
+        """
+        self.buffers.require(self.n + count, self.packed)
+
     def prepare(self, count: int) -> None:
         """Make room for a step's `count` tokens: notes their positions, and starts their states.
 
@@ -162,7 +170,7 @@ class Cache:
         Raises:
             ValueError: they do not fit the memory.
         """
-        self.buffers.require(self.n + count, self.packed)
+        self.require(count)
         self.buffers.begin(self.n, self.n + count, self.seen, self.states)
 
     def records(self, layer: int, end: int) -> list[Record]:

@@ -14,7 +14,7 @@ def top(score: Tensor, count: int, preferred: Tensor | None = None) -> Tensor:
     Where `preferred`, bool `[..., n]`, is given, those it marks come before all others.
     """
     if preferred is None:
-        return _places(_largest(score, count), count)
+        return _places(_largest(_numbers(score), count), count)
     ranked = score.argsort(dim=-1, descending=True, stable=True)
     marked = preferred.gather(-1, ranked).int()
     ranked = ranked.gather(-1, marked.argsort(dim=-1, descending=True, stable=True))
@@ -36,13 +36,18 @@ def honeycomb(score: Tensor, hot: int, cells: int) -> Tensor:
 
     Returns:
         int64 `[..., hot + cells]`, ascending.
+
+    Raises:
+        ValueError: there are fewer entries.
     """
+    if not 0 <= hot <= hot + cells <= score.shape[-1]:
+        raise ValueError(f"{hot} hot entries and {cells} cells are not among {score.shape[-1]} entries")
     places: Tensor = torch.ops.buzz.honeycomb(score, hot, cells)
     return places
 
 
 def default_honeycomb(score: Tensor, hot: int, cells: int) -> Tensor:
-    score = score.nan_to_num(torch.inf, torch.inf, -torch.inf)
+    score = _numbers(score)
     count = score.shape[-1] - hot
     kept = _largest(score, hot)
     if not cells:
@@ -59,14 +64,18 @@ def default_honeycomb(score: Tensor, hot: int, cells: int) -> Tensor:
 operators.define("honeycomb(Tensor score, int hot, int cells) -> Tensor", default_honeycomb)
 
 
+def _numbers(score: Tensor) -> Tensor:
+    """NaN counts as infinite."""
+    return score.nan_to_num(torch.inf, torch.inf, -torch.inf)
+
+
 def _largest(score: Tensor, count: int) -> Tensor:
-    """Which of `[..., n]` are the `count` largest, bool; the first wins a tie, and NaN counts as infinite.
+    """Which of `[..., n]`, none of them NaN, are the `count` largest, bool; the first wins a tie.
 
     A tenth of the time of a stable sort; topk alone breaks ties as it likes.
     """
     if not count:
         return torch.zeros_like(score, dtype=torch.bool)
-    score = score.nan_to_num(torch.inf, torch.inf, -torch.inf)
     least = score.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     above, level = score > least, score == least
     room = count - above.sum(dim=-1, keepdim=True)

@@ -45,3 +45,9 @@ def test_the_hot_and_the_best_of_each_cell() -> None:
     assert honeycomb(score, 0, 4).tolist() == [[1, 3, 5, 7]]
     assert honeycomb(score, 6, 0).tolist() == [[1, 2, 3, 4, 5, 7]]
     assert honeycomb(torch.zeros(1, 8), 3, 2).tolist() == [[0, 1, 2, 3, 5]]
+
+
+@pytest.mark.parametrize(("hot", "cells"), [(9, 0), (5, 4), (-1, 3), (0, 9), (9, -1)])
+def test_a_honeycomb_is_of_entries_that_there_are(hot: int, cells: int) -> None:
+    with pytest.raises(ValueError, match="are not among 8 entries"):
+        honeycomb(torch.zeros(1, 8), hot, cells)

@@ -63,7 +63,7 @@ class Runner:
         """As `Cache.prepare`, for all sessions that decode in a run at once."""
         for piece in packed:
             if piece.decodes:
-                piece.cache.buffers.require(piece.cache.n + 1, piece.cache.packed)
+                piece.cache.require(1)
             else:
                 piece.cache.prepare(len(piece.tokens))
         slots = self._tensor([piece.place.index for piece in packed if piece.decodes])

@@ -77,9 +77,9 @@ def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     Torch's argmax looks at one number after the other, its maximum at many together; so the maximum of each
     part says in which part to look.
     """
-    rows, vocabulary = logits.shape
+    vocabulary = logits.shape[-1]
     whole = vocabulary // _PART * _PART
-    largest = logits[:, :whole].view(rows, -1, _PART).amax(dim=-1)
+    largest = logits[:, :whole].unflatten(-1, (whole // _PART, _PART)).amax(dim=-1)
     if whole < vocabulary:
         largest = torch.cat([largest, logits[:, whole:].amax(dim=-1, keepdim=True)], dim=-1)
     start = largest.argmax(dim=-1, keepdim=True) * _PART

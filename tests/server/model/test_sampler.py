@@ -272,6 +272,10 @@ def test_the_likeliest_are_where_torch_finds_them(vocabulary: int) -> None:
     torch.testing.assert_close(largest, logits.amax(dim=-1), rtol=0, atol=0, equal_nan=True)
 
 
+def test_no_rows_have_no_tokens() -> None:
+    assert sample(torch.empty(0, 1000), []) == []
+
+
 def test_logprobs_are_of_the_models_own_distribution() -> None:
     logits = logits_of(6)[0]
     one = choice(1, 1, temperature=3.0, top_k=2, logit_bias={4: 50.0}, logprobs=5)

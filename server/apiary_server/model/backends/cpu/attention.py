@@ -18,6 +18,7 @@ from buzz.quant import Packed
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Of caches that are read, as `kernels.h` numbers them."""
+_RULES = 64  # of a class of slots that are remembered
 _LANES = 16  # bytes of codes that are unpacked together
 
 
@@ -135,6 +136,8 @@ class Decode:
             return _memory_of(run)
         known, rule = self._memories.setdefault(run.home, {}), (run.states, run.log_n)
         if rule not in known:
+            if len(known) >= _RULES:  # callers choose policies, and with them rules
+                known.clear()
             known[rule] = _memory_of(run)
         return known[rule]
 

@@ -23,7 +23,7 @@ _TOGETHER = 2**14  # blocks that are looked at together, so that temporary memor
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """A weight is `scale * code + least`, exactly in float32, rounded once.
+    """A weight equals `scale * code + least`, rounded once to float32 (of zeros the sign may be lost).
 
     Attributes:
         codes: uint8 `[outputs, inputs]`.

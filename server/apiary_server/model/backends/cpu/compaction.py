@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apiary_server.model.backends.cpu.attention import TYPES
 from apiary_server.model.backends.cpu.kernel import Kernel
-from buzz import eight_bits, ranking
+from buzz import norms, ranking
 
 _MANY = 2**12
 """Entries that several threads share: policies are tried on few, by whichever thread parses one."""
@@ -62,9 +62,14 @@ def register() -> torch.library.Library:
 
 
 def _norms(kernel: Kernel, entries: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if entries.dtype not in TYPES or dtype != torch.float32:
-        return eight_bits.default_norms(entries, scales, dtype)
     layers, heads, count, dim = entries.shape
+    ours = entries.dtype in TYPES and dtype == torch.float32 and entries.stride()[2:] == (dim, 1)
+    if scales is None:
+        ours &= entries.dtype != torch.int8
+    else:
+        ours &= entries.dtype == torch.int8 and scales.dtype == torch.float32 and scales.stride(2) == 1
+    if not ours:
+        return norms.default_norms(entries, scales, dtype)
     output = torch.empty(entries.shape[:-1])
     task = _Norms(
         rows=layers,

@@ -32,7 +32,7 @@ typedef struct {
     float sums[SHARE * COLUMNS], weights[TILE * COLUMNS];
 } Between;
 
-/* sums += the weights of input k times that input of each row. */
+/* sums += the weights of an input times that input of each row. */
 INLINE void add(const int rows, const float *restrict input, int64_t stride, const __m512 some[VECTORS], Sums *to) {
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
@@ -133,7 +133,7 @@ INLINE void block(const int rows, const int kind, const Linear *task, int64_t ro
     finish(rows, task, row, column, &all);
 }
 
-/* The same of CODES, for the inputs from `first` on that one tile has: decoded there for the block that has them FIRST,
+/* The same of CODES, for the inputs from `first` on that one tile has: decoded there for the first block of rows,
    and read from it by the others. `sums`, [rows, COLUMNS], are what the tiles before came to. */
 INLINE void tile(const int rows, const Linear *task, int64_t row, int64_t column, int64_t first, int decodes,
                  const char *weights, Ahead *next, float *sums, float *decoded) {

@@ -7,7 +7,8 @@ enum { LINE = 64, ROUND = VECTORS * LINE }; /* bytes of a panel that are read at
 enum { AHEAD = 8192 };                      /* bytes: weights are asked of memory so long before they are used */
 
 typedef struct {
-    int64_t rows, inputs, outputs, kind;
+    int64_t rows, inputs, outputs;
+    int64_t kind; /* of the panels, where a kernel has several */
     const float *input; /* [rows, inputs] */
     int64_t input_row;
     const void *weights; /* [outputs / COLUMNS, rounded up, ...]: panels, zeros beyond the last output */
@@ -28,7 +29,7 @@ typedef struct {
 
 static inline Ahead ahead(const void *panel, int64_t size, int64_t rounds, int64_t block, int64_t blocks) {
     enum { SHARING = 16 };
-    int64_t sharing = blocks < SHARING ? blocks : SHARING, step = size / rounds / sharing;
+    int64_t sharing = blocks < SHARING ? blocks : SHARING, step = (size / rounds + sharing - 1) / sharing;
     const char *first = (const char *)panel + AHEAD + size - size / sharing;
     return block < sharing ? (Ahead){first + block * rounds * step, step} : (Ahead){first + size, 0};
 }

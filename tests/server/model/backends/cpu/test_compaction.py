@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apiary_server.model.backends.cpu import compaction
-from buzz.eight_bits import default_norms, norms, rounded
+from buzz.eight_bits import rounded
 from buzz.moving import _keep, keep
+from buzz.norms import default_norms, norms
 from buzz.ranking import default_honeycomb, honeycomb
 
 
@@ -112,3 +113,15 @@ def test_lengths_of_eight_bits_are_exact() -> None:
     found = norms(codes, scales, torch.float32)
     assert torch.equal(found, default_norms(codes, scales, torch.float32))
     assert norms(codes, scales, torch.float64).dtype == torch.float64
+
+
+def test_lengths_of_what_the_kernel_does_not_read() -> None:
+    values = torch.randn(2, 3, 8, 20).transpose(2, 3)
+    assert torch.equal(norms(values, None, torch.float32), default_norms(values, None, torch.float32))
+    scales = torch.rand(2, 3, 20)
+    assert torch.equal(norms(values, scales, torch.float32), default_norms(values, scales, torch.float32))
+    codes, scales = rounded(values)
+    strided = scales.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(norms(codes, strided, torch.float32), default_norms(codes, scales, torch.float32))
+    with pytest.raises(RuntimeError):
+        norms(codes, None, torch.float32)
