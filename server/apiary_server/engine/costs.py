@@ -46,15 +46,15 @@ class Costs:
 
     def __init__(self) -> None:
         self._prices = [0.0] * 4
-        # by kind of step, see `_kind`: the normal equations, their right side last; lists, which for so few
-        # numbers take a third of the time of arrays
+        # by kind of step, see `_kind`: the normal equations, their right side last; lists, since for so few
+        # numbers arrays take longer
         self._equations = [[[0.0] * 5 for _ in range(4)] for _ in range(4)]
         self._steps = [0] * 4
 
     @property
     def known(self) -> bool:
         """Whether enough prefill was seen for its price to be evidence."""
-        return sum(self._steps[_kind(Work(rows, 1))] for rows in (0, 1)) >= _ENOUGH
+        return sum(self._steps[1::2]) >= _ENOUGH
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from a step."""
@@ -98,5 +98,5 @@ class Costs:
 
 
 def _kind(work: Work) -> int:
-    """Which of the four kinds of steps this is."""
+    """Which of the four kinds of steps this is: the odd ones have prefill, the last two decode."""
     return 2 * (work.rows > 0) + (work.tokens > 0)

@@ -18,10 +18,10 @@ from apiary_server.rpc.caller import Caller, Context, caller
 from apiary_server.rpc.convert import incoming, outgoing
 from apiary_server.settings import Settings
 
-_NEWS = 0.05  # seconds
-
 if TYPE_CHECKING:
     from apiary_server.engine.engine import Engine
+
+_NEWS = 0.05  # seconds that the news of a caller's leaving may take
 
 
 class GenerationService(GenerationServiceServicer):

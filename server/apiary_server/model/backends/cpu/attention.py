@@ -274,12 +274,8 @@ def _prepare(run: DecodeRun, memory: _Run) -> _Prepared | None:
         prepared.packed, turns = unpacking
     slots = torch.tensor(range(len(run.entries)) if run.slots is None else run.slots)
     lengths = run.entries + 1
-    prepared.slots, prepared.lengths, prepared.seen = (
-        slots.data_ptr(),
-        lengths.data_ptr(),
-        run.seen.data_ptr(),
-    )
-    prepared.longest = run.most
+    prepared.slots, prepared.lengths = slots.data_ptr(), lengths.data_ptr()
+    prepared.seen, prepared.longest = run.seen.data_ptr(), run.most
     return _Prepared(prepared, (slots, lengths, turns))
 
 

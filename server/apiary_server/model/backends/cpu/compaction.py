@@ -63,12 +63,11 @@ def register() -> torch.library.Library:
 
 def _norms(kernel: Kernel, entries: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     layers, heads, count, dim = entries.shape
-    ours = entries.dtype in TYPES and dtype == torch.float32 and entries.stride()[2:] == (dim, 1)
-    if scales is None:
-        ours &= entries.dtype != torch.int8
-    else:
-        ours &= entries.dtype == torch.int8 and scales.dtype == torch.float32 and scales.stride(2) == 1
-    if not ours:
+    readable = entries.dtype in TYPES and dtype == torch.float32 and entries.stride()[2:] == (dim, 1)
+    readable &= (entries.dtype == torch.int8) == (scales is not None)
+    if scales is not None:
+        readable &= scales.dtype == torch.float32 and scales.stride(2) == 1
+    if not readable:
         return norms.default_norms(entries, scales, dtype)
     output = torch.empty(entries.shape[:-1])
     task = _Norms(

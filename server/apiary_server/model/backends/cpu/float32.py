@@ -37,15 +37,14 @@ class Avx512(Panels):
 
 def _packed(weight: Tensor) -> tuple[int, Tensor]:
     """The panels of a weight, as small as it can be without a change."""
-    inputs = weight.shape[1]
-    blocks = _panels(weight)
-    if inputs % 2 == 0 and torch.equal(weight.bfloat16().float(), weight):
-        return _HALVES, blocks.bfloat16().unflatten(1, (-1, 2)).transpose(2, 3)
+    inputs, halves = weight.shape[1], weight.bfloat16()
+    if inputs % 2 == 0 and torch.equal(halves.float(), weight):
+        return _HALVES, _panels(halves).unflatten(1, (-1, 2)).transpose(2, 3)
     codes = decomposed(weight)
     if codes is None:
-        return _WHOLE, blocks
+        return _WHOLE, _panels(weight)
     scales, least = (_panels(part).contiguous().view(torch.uint8) for part in (codes.scales, codes.least))
-    each = _panels(codes.codes).reshape(len(blocks), inputs // GROUP, -1)
+    each = _panels(codes.codes).reshape(len(scales), inputs // GROUP, -1)
     return _CODES, torch.cat([scales, least, each], dim=-1)
 
 
