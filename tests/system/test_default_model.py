@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 ATTEMPTS = 3
 READY_SECONDS, FIRST_TOKEN_SECONDS = 10.0, 1.0
+IMPORT_SECONDS = 1.6  # of the libraries, on a machine that keeps these limits; a slower one has more time
 LINES = ("My favourite colour is teal.", "What is my favourite colour?")
 
 
@@ -38,18 +40,27 @@ def _first_token_seconds(worker: Worker) -> float:
 
 
 def test_a_started_worker_answers_at_once(start_worker: Callable[..., Worker]) -> None:
-    """The machine may be busy with other things: the best of three starts counts, for either figure."""
+    """The machine may be busy with other things: the best of three starts counts, for either figure, and what
+    another process takes beside them."""
     ready, first = [], []
     for _ in range(ATTEMPTS):
+        slowness = max(1.0, _import_seconds() / IMPORT_SECONDS)
         worker = start_worker()
-        ready.append(worker.ready_seconds)
-        first.append(_first_token_seconds(worker))
+        ready.append(worker.ready_seconds / slowness)
+        first.append(_first_token_seconds(worker) / slowness)
         assert worker.stop() == 0
         if min(ready) < READY_SECONDS and min(first) < FIRST_TOKEN_SECONDS:
             break
     print(f"ready after {_list(ready)} s, first token {_list(first)} s after the request")
     assert min(ready) < READY_SECONDS
     assert min(first) < FIRST_TOKEN_SECONDS
+
+
+def _import_seconds() -> float:
+    """Of what a worker imports before anything else."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import grpc, torch, transformers"], check=True, timeout=120)
+    return time.monotonic() - began
 
 
 def _list(seconds: list[float]) -> str:

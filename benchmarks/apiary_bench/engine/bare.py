@@ -20,13 +20,21 @@ _STALL = 600.0  # seconds; readers here never stall, and may be held up by what 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One turn as its reader saw it: when it was sent, and when its first and its last tokens came, in
-    seconds of `perf_counter`; and how many tokens."""
+    """One turn as its reader saw it.
+
+    Attributes:
+        sent, first, last: when it was sent, and when its first and its last tokens came, in seconds of
+            `perf_counter`.
+        tokens: how many came.
+        decoding: seconds from its first token to its last, as the engine made them: a reader that is behind
+            gets several at once.
+    """
 
     sent: float
     first: float
     last: float
     tokens: int
+    decoding: float
 
     @property
     def ttft(self) -> float:
@@ -36,7 +44,7 @@ class Answer:
     @property
     def tpot(self) -> float:
         """Time per output token after the first; of two tokens or more."""
-        return (self.last - self.first) / (self.tokens - 1)
+        return self.decoding / (self.tokens - 1)
 
 
 class Bare:
@@ -86,20 +94,22 @@ class Bare:
             stopping=Stopping(max_tokens=output, ignore_eos=True),
         )
         stream = TokenStream(asyncio.get_running_loop(), capacity=output + 1, stall_limit=_STALL)
-        arrivals, tokens = [], 0
+        arrivals, tokens, decoding = [], 0, 0.0
         sent = perf_counter()
         self.engine.open(request, stream)
         async for delta in stream:
             if delta.token_ids:
                 arrivals.append(perf_counter())
                 tokens += len(delta.token_ids)
+            if delta.usage is not None:
+                decoding = delta.usage.decode_time
         if tokens < output:
             policy = self.engine.model.default_policy
             raise LoadError(
                 f"a turn ended after {tokens} of {output} tokens, since {policy} holds no more: make it "
                 "larger, or choose a policy that evicts"
             )
-        return Answer(sent, arrivals[0], arrivals[-1], tokens)
+        return Answer(sent, arrivals[0], arrivals[-1], tokens, decoding)
 
     async def turns(
         self, sessions: Sequence[str], input: int, output: int, ended: Callable[[], None] = lambda: None

@@ -22,7 +22,8 @@ def test_a_turn_has_as_many_tokens_as_asked_for(model_path: Path) -> None:
         assert len(ended) == 2
         for answer in answers:
             assert answer.tokens == 30
-            assert answer.sent < answer.first < answer.last
+            assert answer.sent < answer.first <= answer.last  # a busy machine may read all at once
+            assert answer.tpot > 0
         assert [bare.engine.sessions.get("default", name).token_count for name in names] == [42, 42]
         assert bare.those(names, State.RESIDENT) == names
         assert bare.those(names, State.PARKED) == []
@@ -31,7 +32,7 @@ def test_a_turn_has_as_many_tokens_as_asked_for(model_path: Path) -> None:
 
 
 def test_times_of_an_answer() -> None:
-    answer = Answer(sent=10.0, first=12.0, last=18.0, tokens=4)
+    answer = Answer(sent=10.0, first=12.0, last=12.0, tokens=4, decoding=6.0)
     assert (answer.ttft, answer.tpot) == (2.0, 2.0)
 
 
