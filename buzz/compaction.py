@@ -41,21 +41,44 @@ def compact(policy: Policy, view: View) -> Compaction:
     pins, rule = min(policy.pins, view.n), policy.rule
     if pins:
         return _beside(view, pins, compact(rule, _beyond(view, pins)))
-    first, keep, merge = view, view.span(0, view.n), None
-    while rule.due(view.n, view.sampled):
-        step = rule.compact(view)
-        if wrong := _wrong(view, step) or _astray(view, step):
-            raise RuntimeError(f"policy {policy} at {view.n} entries: {wrong}")
-        index = step.index
-        if step.merge is not None or merge is not None:
-            past = goals(keep, first.n) if merge is None else merge
-            goal = goals(index, view.n) if step.merge is None else step.merge
-            merge = goal.gather(-1, past.clamp(min=0)).where(past >= 0, past)
-        keep = keep.gather(-1, index)
-        state = {name: step.state.get(name, old.gather(-1, index)) for name, old in view.state.items()}
-        norm = None if view.value_norm is None else view.value_norm.gather(-1, index)
-        view = View(step.sampled, view.seen, view.position.gather(-1, index), state, norm, view.pinned)
-    return Compaction(keep, view.sampled, view.state, merge)
+    if not rule.due(view.n, view.sampled):
+        return Compaction(view.span(0, view.n), view.sampled, view.state)
+    n, whole = view.n, _round(rule, view)
+    step = whole
+    while rule.due(step.index.shape[-1], step.sampled):
+        view = _left(view, step)
+        step = _round(rule, view)
+        whole = _then(n, whole, step)
+    return whole
+
+
+def _round(policy: Policy, view: View) -> Compaction:
+    """What one application of the rule leaves, with every state."""
+    step = policy.compact(view)
+    if wrong := _wrong(view, step) or _astray(view, step):
+        raise RuntimeError(f"policy {policy} at {view.n} entries: {wrong}")
+    state = {
+        name: step.state[name] if name in step.state else old.gather(-1, step.index)
+        for name, old in view.state.items()
+    }
+    return Compaction(step.index, step.sampled, state, step.merge)
+
+
+def _left(view: View, step: Compaction) -> View:
+    """What a round left, as the next one sees it."""
+    norm = None if view.value_norm is None else view.value_norm.gather(-1, step.index)
+    position = view.position.gather(-1, step.index)
+    return View(step.sampled, view.seen, position, step.state, norm, view.pinned)
+
+
+def _then(n: int, first: Compaction, second: Compaction) -> Compaction:
+    """One round, of `n` entries, and another of what it left: both in one."""
+    merge = None
+    if first.merge is not None or second.merge is not None:
+        past = goals(first.index, n) if first.merge is None else first.merge
+        goal = goals(second.index, first.index.shape[-1]) if second.merge is None else second.merge
+        merge = goal.gather(-1, past.clamp(min=0)).where(past >= 0, past)
+    return Compaction(first.index.gather(-1, second.index), second.sampled, second.state, merge)
 
 
 def _beyond(view: View, pins: int) -> View:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 _KEEP = 0.95  # of the weight of older steps, when one more of their kind comes: the last 20 count
 _SWEEPS = 8  # of coordinate descent after each step; it goes on from the prices before
 _TRUSTED = 16  # steps of a kind after which what is expected of the next one is trusted
@@ -48,35 +46,37 @@ class Costs:
 
     def __init__(self) -> None:
         self._prices = [0.0] * 4
-        # of the normal equations, by kind of step: [rows, tokens]
-        self._matrix = np.zeros((2, 2, 4, 4))
-        self._vector = np.zeros((2, 2, 4))
-        self._steps = np.zeros((2, 2), dtype=np.int64)
+        # by kind of step, see `_kind`: the normal equations, their right side last; lists, since arrays of so
+        # few numbers take three times as long between two steps, whose weights leave the processor's caches cold
+        self._equations = [[[0.0] * 5 for _ in range(4)] for _ in range(4)]
+        self._steps = [0] * 4
 
     @property
     def known(self) -> bool:
         """Whether enough prefill was seen for its price to be evidence."""
-        return bool(self._steps[:, 1].sum() >= _ENOUGH)
+        return sum(self._steps[1::2]) >= _ENOUGH
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from a step."""
-        kind = int(work.rows > 0), int(work.tokens > 0)
+        kind = _kind(work)
         expected, scale = self.seconds(work), seconds
         if self._steps[kind] >= _TRUSTED and expected > 0:
             seconds, scale = min(seconds, _MOST * expected), expected
         if scale <= 0:  # a clock that stood still tells nothing
             return
-        row = np.array([1.0, work.rows, work.tokens, work.pairs]) / scale
+        row = [part / scale for part in (1.0, work.rows, work.tokens, work.pairs, seconds)]
         self._steps[kind] += 1
-        self._matrix[kind] = _KEEP * self._matrix[kind] + np.outer(row, row)
-        self._vector[kind] = _KEEP * self._vector[kind] + row * (seconds / scale)
-        matrix, vector = self._matrix.sum((0, 1)).tolist(), self._vector.sum((0, 1)).tolist()
+        self._equations[kind] = [
+            [_KEEP * old + mine * other for old, other in zip(equation, row, strict=True)]
+            for mine, equation in zip(row, self._equations[kind], strict=False)
+        ]
+        equations = [list(map(sum, zip(*kinds, strict=True))) for kinds in zip(*self._equations, strict=True)]
         prices = self._prices
         for _ in range(_SWEEPS):
-            for i, (a, b, c, d) in enumerate(matrix):
-                if matrix[i][i] > 0:
-                    rest = vector[i] - (a * prices[0] + b * prices[1] + c * prices[2] + d * prices[3])
-                    prices[i] = max(prices[i] + rest / matrix[i][i], 0.0)
+            for i, (a, b, c, d, right) in enumerate(equations):
+                if equations[i][i] > 0:
+                    rest = right - (a * prices[0] + b * prices[1] + c * prices[2] + d * prices[3])
+                    prices[i] = max(prices[i] + rest / equations[i][i], 0.0)
 
     def seconds(self, work: Work) -> float:
         """The time of a step; 0 where nothing is known."""
@@ -95,3 +95,8 @@ class Costs:
         first = token + pair * context
         divisor = first + math.sqrt(first * first + 2 * pair * seconds)
         return 2 * seconds / divisor if divisor else 0.0
+
+
+def _kind(work: Work) -> int:
+    """Which of the four kinds of steps this is: the odd ones have prefill, the last two decode."""
+    return 2 * (work.rows > 0) + (work.tokens > 0)
