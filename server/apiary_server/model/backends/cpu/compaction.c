@@ -31,32 +31,47 @@ typedef struct {
     const int64_t *index; /* [layers, heads, kept], contiguous: which stay, ascending */
 } Keep;
 
-INLINE float norm(const void *values, int64_t at, int64_t dim, int type) {
+INLINE float squares(const void *values, int64_t at, int64_t dim, int type) {
     if (type == INT8) { /* exact: at most 2^17 channels */
         const int8_t *codes = (const int8_t *)values + at;
-        int32_t sum = 0;
-        for (int64_t d = 0; d < dim; d++) sum += codes[d] * codes[d];
-        return sqrtf((float)sum);
+        uint32_t sum = 0;
+        for (int64_t d = 0; d < dim; d++) sum += (uint16_t)(codes[d] * codes[d]); /* half as wide, as it fits */
+        return (float)sum;
     }
     float sum = 0;
     for (int64_t d = 0; d < dim; d++) {
         float value = element(values, at + d, type);
         sum += value * value;
     }
-    return sqrtf(sum);
+    return sum;
 }
 
-FOR_EACH_PROCESSOR static void norms(const Norms *task, int64_t layer, int64_t head) {
+INLINE void lengths(const Norms *task, int64_t layer, int64_t head, int64_t dim, int type) {
     float *output = task->output + (layer * task->heads + head) * task->entries;
-    int64_t at = layer * task->layer + head * task->head, dim = task->dim;
+    int64_t at = layer * task->layer + head * task->head;
+    for (int64_t j = 0; j < task->entries; j++) output[j] = squares(task->values, at + j * dim, dim, type);
+    for (int64_t j = 0; j < task->entries; j++) output[j] = sqrtf(output[j]);
+    if (type != INT8) return;
     const float *scales = task->scales + layer * task->scale_layer + head * task->scale_head;
-    if (task->type == INT8)
-        for (int64_t j = 0; j < task->entries; j++)
-            output[j] = norm(task->values, at + j * dim, dim, INT8) * scales[j];
-    else if (task->type == BFLOAT16)
-        for (int64_t j = 0; j < task->entries; j++) output[j] = norm(task->values, at + j * dim, dim, BFLOAT16);
-    else
-        for (int64_t j = 0; j < task->entries; j++) output[j] = norm(task->values, at + j * dim, dim, FLOAT32);
+    for (int64_t j = 0; j < task->entries; j++) output[j] *= scales[j];
+}
+
+/* Of the dimensions that most models have, compilers know how many vectors they are. */
+FOR_EACH_PROCESSOR static void norms(const Norms *task, int64_t layer, int64_t head) {
+#define ONE(TYPE)                                              \
+    case TYPE:                                                 \
+        switch (task->dim) {                                   \
+        case 64: lengths(task, layer, head, 64, TYPE); break;  \
+        case 128: lengths(task, layer, head, 128, TYPE); break; \
+        default: lengths(task, layer, head, task->dim, TYPE);  \
+        }                                                      \
+        break
+    switch (task->type) {
+        ONE(INT8);
+        ONE(BFLOAT16);
+        ONE(FLOAT32);
+    }
+#undef ONE
 }
 
 int apiary_norms(const Norms *task) {
