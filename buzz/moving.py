@@ -177,7 +177,7 @@ def _heads(tensor: Tensor) -> Iterator[Tensor]:
     return (head for layer in tensor for head in layer)
 
 
-operators.define("keep(Tensor source, Tensor(a!) target, Tensor index) -> ()", _keep)
+operators.define("buzz::keep(Tensor source, Tensor(a!) target, Tensor index) -> ()", _keep)
 
 
 def keep(source: Tensor, target: Tensor, index: Tensor) -> None:

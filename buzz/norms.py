@@ -23,4 +23,4 @@ def default_norms(entries: Tensor, scales: Tensor | None, dtype: torch.dtype) ->
     return torch.stack(each).mul_(scales)
 
 
-operators.define("norms(Tensor entries, Tensor? scales, ScalarType dtype) -> Tensor", default_norms)
+operators.define("buzz::norms(Tensor entries, Tensor? scales, ScalarType dtype) -> Tensor", default_norms)

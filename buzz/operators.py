@@ -1,4 +1,4 @@
-"""Operators for which a backend may register kernels of its own: `torch.ops.buzz`."""
+"""Operators for which a backend may register kernels of its own, as `torch.ops` has them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 
-_library = torch.library.Library("buzz", "DEF")
+_libraries: dict[str, torch.library.Library] = {}
 
 
 def define(schema: str, default: Callable[..., Any]) -> None:
     """Make an operator that does on every device what `default` does, until a backend has one for its own.
 
     Args:
-        schema: its name, arguments and result, as torch writes them.
+        schema: its namespace and name, arguments and result, as torch writes them.
         default: a function of these.
     """
-    _library.define(schema)
-    _library.impl(schema.partition("(")[0], default, "CompositeExplicitAutograd")
+    namespace, _, schema = schema.partition("::")
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "DEF")
+    library = _libraries[namespace]
+    library.define(schema)
+    library.impl(schema.partition("(")[0], default, "CompositeExplicitAutograd")

@@ -61,7 +61,7 @@ def default_honeycomb(score: Tensor, hot: int, cells: int) -> Tensor:
     return _places(kept.scatter_(-1, others.gather(-1, best), True), hot + cells)
 
 
-operators.define("honeycomb(Tensor score, int hot, int cells) -> Tensor", default_honeycomb)
+operators.define("buzz::honeycomb(Tensor score, int hot, int cells) -> Tensor", default_honeycomb)
 
 
 def _numbers(score: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Costs:
     def __init__(self) -> None:
         self._prices = [0.0] * 4
         # by kind of step, see `_kind`: the normal equations, their right side last; lists, since arrays of so
-        # few numbers take three times as long between two steps, whose weights leave the processor's caches cold
+        # few numbers take three times as long between two steps, which leave the processor's caches cold
         self._equations = [[[0.0] * 5 for _ in range(4)] for _ in range(4)]
         self._steps = [0] * 4
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from apiary_server.model.types import Sampling, TokenLogprob
+from buzz import operators
 
 _HEAD = 1024  # likeliest tokens that are put in order at first
 _PART = 256  # tokens of the vocabulary whose maximum is taken together
@@ -55,11 +56,11 @@ def sample(logits: Tensor, choices: Sequence[Choice]) -> list[Sampled]:
         choices: one per row.
     """
     raw = logits.float()
-    tokens, largest = _likeliest(raw)
+    tokens, largest = likeliest(raw)
     sound = torch.isfinite(largest).tolist()  # a NaN or +inf anywhere shows in the maximum
     logits = _penalise(raw, choices)
     if logits is not raw:
-        tokens, _ = _likeliest(logits)
+        tokens, _ = likeliest(logits)
     random = [row for row, choice in enumerate(choices) if choice.sampling.temperature > 0 and sound[row]]
     if random:
         rows = torch.tensor(random, device=logits.device)
@@ -71,12 +72,16 @@ def sample(logits: Tensor, choices: Sequence[Choice]) -> list[Sampled]:
     ]
 
 
-def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The first of the largest of each row, NaN being larger than all, and its value: `[rows]` each.
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of the largest of each row `[rows, vocab]`, NaN being larger than all, int64, and its value:
+    `[rows]` each, by the operator `apiary::likeliest`."""
+    tokens, largest = torch.ops.apiary.likeliest(logits)
+    return tokens, largest
 
-    Torch's argmax looks at one number after the other, its maximum at many together; so the maximum of each
-    part says in which part to look.
-    """
+
+def default_likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Torch's argmax looks at one number after the other, its maximum at many together; so the maximum of
+    each part says in which part to look."""
     vocabulary = logits.shape[-1]
     whole = vocabulary // _PART * _PART
     largest = logits[:, :whole].unflatten(-1, (whole // _PART, _PART)).amax(dim=-1)
@@ -87,6 +92,9 @@ def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     part = logits.gather(-1, ids)
     place = part.argmax(dim=-1, keepdim=True)
     return ids.gather(-1, place).squeeze(-1), part.gather(-1, place).squeeze(-1)
+
+
+operators.define("apiary::likeliest(Tensor logits) -> (Tensor, Tensor)", default_likeliest)
 
 
 def _penalise(logits: Tensor, choices: Sequence[Choice]) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apiary_server.engine.request import Sampling
-from apiary_server.model.sampler import Choice, _draw, _draw_among, _likeliest, sample, uniform
+from apiary_server.model.sampler import Choice, _draw, _draw_among, default_likeliest, sample, uniform
 
 VOCABULARY = 40
 INF, NAN = float("inf"), float("nan")
@@ -267,7 +267,7 @@ def test_the_likeliest_are_where_torch_finds_them(vocabulary: int) -> None:
         0, 5, (20, vocabulary), generator=torch.Generator().manual_seed(vocabulary)
     ).float()
     logits[0], logits[1, vocabulary // 2], logits[2, -1], logits[3] = -INF, INF, NAN, NAN
-    tokens, largest = _likeliest(logits)
+    tokens, largest = default_likeliest(logits)
     assert torch.equal(tokens, logits.argmax(dim=-1))
     torch.testing.assert_close(largest, logits.amax(dim=-1), rtol=0, atol=0, equal_nan=True)
 

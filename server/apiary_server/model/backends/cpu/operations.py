@@ -12,7 +12,7 @@ from torch.nn import SiLU
 from transformers.activations import SiLUActivation
 
 from apiary_server.model.attention import ChunkRun, DecodeRun
-from apiary_server.model.backends.cpu import compaction, float32, int8
+from apiary_server.model.backends.cpu import compaction, float32, int8, sampling
 from apiary_server.model.backends.cpu.attention import Chunk, Decode
 from apiary_server.model.backends.cpu.elementwise import Elementwise
 from apiary_server.model.backends.cpu.linear import Int8, Packed
@@ -54,6 +54,7 @@ class Kernels(Products):
         self._elementwise = Elementwise()
         self.decoding, self._chunk = Decode(), Chunk()
         compaction.register()
+        sampling.register()
 
     def add_norm(self, norm: Norm, rows: Tensor, more: Tensor | None) -> Tensor:
         return self._elementwise.add_norm(norm, rows, more)
