@@ -32,6 +32,8 @@ class Buffers:
         state: by name, `[L, H, C]`: what policies declared in `states`; others are not touched.
         packed: memory for quantised entries; required by policies that quantise.
         scales: float32 `[L, 2, H, D]`, of keys and of values, where these are int8: see `buzz.eight_bits`.
+        capacity: entries that fit, C.
+        dense: of them, those that fit unquantised, D.
 
     Raises:
         ValueError: scales are missing, or too many.
@@ -43,8 +45,11 @@ class Buffers:
     state: dict[str, Tensor] = field(default_factory=dict)
     packed: Packed | None = None
     scales: Tensor | None = None
+    capacity: int = field(init=False)
+    dense: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.capacity, self.dense = self.position.shape[-1], self.keys.shape[-2]
         if (self.keys.dtype == torch.int8) != (self.scales is not None):
             raise ValueError(f"scales belong to entries of int8 alone, and these are {self.keys.dtype}")
 
@@ -122,16 +127,6 @@ class Buffers:
             *([("scales", torch.float32, (layers, 2, *entries[1:-1]))] if dtype == torch.int8 else []),
             *([] if bits is None else Packed.shapes(layers, kv_heads, packed, head_dim, bits)),
         ]
-
-    @property
-    def capacity(self) -> int:
-        """Entries that fit."""
-        return self.position.shape[-1]
-
-    @property
-    def dense(self) -> int:
-        """Entries that fit unquantised."""
-        return self.keys.shape[-2]
 
     @property
     def dtype(self) -> torch.dtype:

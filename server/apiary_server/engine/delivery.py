@@ -33,7 +33,7 @@ class TokenStream:
         self.closed = False
         self._capacity = capacity
         self._stall_limit = stall_limit
-        self._ready = asyncio.Event()
+        self._awaited: asyncio.Future[None] | None = None  # by the reader
         self._delta: Delta | None = None
         self._error: ApiaryError | None = None
         self._ended = False
@@ -88,15 +88,17 @@ class TokenStream:
             self._delta = delta
         else:
             self._delta.merge(delta)
-        self._ready.set()
+        if self._awaited is not None and not self._awaited.done():
+            self._awaited.set_result(None)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delta:
         while not self._ended:
-            await self._ready.wait()
-            self._ready.clear()
+            if self._delta is None and self._error is None:
+                self._awaited = self.loop.create_future()
+                await self._awaited
             if self._error is not None:
                 self._ended = True
                 raise self._error

@@ -98,9 +98,9 @@ class Transaction:
         cache = self.cache
         if not prompt:
             tokens = self._until_compaction(tokens)
-        in_workspace = min(tokens, self._residency.pool.workspace_entries - cache.n)
-        needs_workspace = in_workspace > cache.room
-        tokens = in_workspace if needs_workspace else min(tokens, cache.room)
+        in_workspace, room = min(tokens, self._residency.pool.workspace_entries - cache.n), cache.room
+        needs_workspace = in_workspace > room
+        tokens = in_workspace if needs_workspace else min(tokens, room)
         rewrites = not needs_workspace and (cache.changes_over(tokens) or cache.makes_room(tokens))
         overwrites = needs_workspace or rewrites or cache.settles(tokens)
         if overwrites and self._base is not None and self._second is None:
