@@ -48,6 +48,8 @@ class Reader(TokenStream):
         if isinstance(delta, ApiaryError):
             self.error = delta
             return
+        if self.closed:  # a reader that is gone, or may take no more, sees no text
+            delta = Delta(index=delta.index, finish_reason=delta.finish_reason, usage=delta.usage)
         self.deltas.append(delta)
         if self.reads:
             self.read()
@@ -120,8 +122,14 @@ def run(engine: Engine, *readers: Reader, steps: int = 5000) -> None:
             if all(reader.ended for reader in readers):
                 return
             wake(engine)
-            engine._loop.step()
+            one_step(engine)
     raise AssertionError(f"not ended after {steps} steps")
+
+
+def one_step(engine: Engine) -> None:
+    """Step, and hand out what came of it, which else happens while the next step computes."""
+    engine._loop.step()
+    engine._loop._hand_over()
 
 
 def wake(engine: Engine) -> None:
@@ -135,7 +143,7 @@ def step(engine: Engine, count: int = 1) -> None:
     """Step the engine by hand; there must be a turn, or each step waits."""
     with torch.inference_mode():
         for _ in range(count):
-            engine._loop.step()
+            one_step(engine)
 
 
 def until(engine: Engine, condition: Callable[[], bool]) -> None:

@@ -142,14 +142,14 @@ class Breakdown(Observer):
         """The forward pass, which knows what it works on."""
         clocked = self._clocked(Part.DISPATCH, run)
 
-        def loaded(runner: Runner, pieces: Sequence[Piece]) -> Any:
+        def loaded(runner: Runner, pieces: Sequence[Piece], *args: Any) -> Any:
             if self._thread == threading.get_ident():
                 self._load = Load(
                     rows=sum(len(piece.tokens) for piece in pieces),
                     entries=sum(piece.cache.n + len(piece.tokens) for piece in pieces),
                     packed=sum(piece.cache.packed for piece in pieces),
                 )
-            return clocked(runner, pieces)
+            return clocked(runner, pieces, *args)
 
         return loaded
 

@@ -119,7 +119,8 @@ class Loop:
         self.residency.free(session)
 
     def step(self) -> None:
-        """One turn of the loop: take commands, end what is over, schedule, run, hand out."""
+        """One turn of the loop: take commands, end what is over, schedule, run, hand out what came of it, or
+        leave that to the next turn."""
         wait = _PAUSED_WAIT if self._scheduler.turns() else _IDLE_WAIT
         self._mailbox.obey(wait if self._idle else 0)
         self._end_lost_turns()
@@ -135,10 +136,11 @@ class Loop:
             self._make_room(plan)
         if not self._scheduler.turns():
             self.residency.check_integrity()
-        self._hand_over()
+        if self._idle or not self._scheduler.turns():
+            self._hand_over()  # else while the next step computes, which begins at once
 
     def _hand_over(self) -> None:
-        """What the step made goes to its readers; what waits for the store comes after that."""
+        """What steps made goes to its readers; what waits for the store comes after that."""
         self._delivery.flush()
         after, self._after_flush = self._after_flush, []
         for command in after:
@@ -214,7 +216,7 @@ class Loop:
             )
             for chunk in plan.chunks
         ]
-        logits = self.runner.run(pieces)
+        logits = self.runner.run(pieces, self._hand_over)
         turns = [chunk.turn for chunk in plan.chunks if chunk.samples]
         if not turns:
             return {}

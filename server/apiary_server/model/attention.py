@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -87,10 +87,18 @@ class ChunkRun:
 
 @dataclass(slots=True)
 class Batch:
-    """Where the rows of a packed forward pass belong."""
+    """Where the rows of a packed forward pass belong.
+
+    Attributes:
+        decodes: sessions that share a kernel, one row each.
+        chunks: sessions with several rows.
+        meanwhile: what else the host has to do: a backend calls it when the long work begins that needs no
+            more of Python, so that other threads have that.
+    """
 
     decodes: list[DecodeRun] = field(default_factory=list)
     chunks: list[ChunkRun] = field(default_factory=list)
+    meanwhile: Callable[[], object] = lambda: None
 
 
 def decode(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, run: DecodeRun) -> Tensor:

@@ -114,6 +114,7 @@ class Decoder:
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
         """As `Backend.forward`."""
+        batch.meanwhile()
         return self.head(self.normed(self.embed(tokens), *self.turns(positions), keep, batch))
 
     def normed(self, rows: Tensor, cos: Tensor, sin: Tensor, keep: Tensor, batch: Batch) -> Tensor:

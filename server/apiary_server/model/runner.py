@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,8 +38,12 @@ class Runner:
         self._backend = backend
 
     @torch.inference_mode()
-    def run(self, pieces: Sequence[Piece]) -> Tensor:
+    def run(self, pieces: Sequence[Piece], meanwhile: Callable[[], object] = lambda: None) -> Tensor:
         """Append the pieces' tokens to their caches.
+
+        Args:
+            pieces: of the sessions.
+            meanwhile: as in `Batch`.
 
         Returns:
             The logits behind the last token of each piece that asks for them, `[rows, vocab]`, in order.
@@ -52,6 +56,7 @@ class Runner:
         asked = {i: starts[at + 1] - 1 for at, i in enumerate(order) if pieces[i].logits}
         last = [asked[i] for i in sorted(asked)]
         batch = self._batch(packed, starts)
+        batch.meanwhile = meanwhile
         self._prepare(packed, batch)
         ids, places, keep = map(self._tensor, (tokens, positions, last))
         logits = self._backend.forward(ids, places, keep, batch)

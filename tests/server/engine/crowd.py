@@ -16,7 +16,7 @@ from apiary_server import errors
 from apiary_server.engine.engine import Engine
 from apiary_server.sessions.info import RebuildReason
 from apiary_server.sessions.session import Session
-from tests.server.driver import Reader, request, same, session, state, wake
+from tests.server.driver import Reader, one_step, request, same, session, state, wake
 from tests.server.engine.mortal import Mortal
 from tests.server.engine.told import NOTHING, Asked, Reasons, Told
 from tests.twin import Twin
@@ -180,7 +180,7 @@ class Crowd:
         """Step, and hear what came of it."""
         wake(self.engine)
         with torch.inference_mode():
-            self.engine._loop.step()
+            one_step(self.engine)
         self.hear()
 
     def hear(self) -> None:

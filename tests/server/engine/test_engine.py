@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,33 @@ def test_one_turn_at_a_time(engine: Engine) -> None:
     assert len(ask(engine, "two", "a").token_ids) == 16
 
 
+def test_tokens_are_handed_out_while_the_next_step_computes(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = begin(engine, request("hello", max_tokens=12))
+    waiting: dict[str, list[int]] = {"computed": [], "stepped": []}
+    backend = engine._loop.runner._backend
+    forward = backend.forward
+
+    def note(when: str) -> None:
+        waiting[when].append(reader._sent - len(reader.token_ids))
+
+    def noted(*args: Any) -> torch.Tensor:
+        logits = forward(*args)
+        note("computed")
+        return logits
+
+    monkeypatch.setattr(backend, "forward", noted)
+    with torch.inference_mode():
+        for _ in range(12):
+            engine._loop.step()
+            note("stepped")
+    assert waiting["computed"] == [0] * 12
+    assert max(waiting["stepped"]) > 0
+    assert waiting["stepped"][-1] == 0  # no step comes behind the last one, which its tokens would wait for
+    assert reader.ended
+
+
 def test_a_failing_step_fails_only_its_turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     create(engine, "a")
     ask(engine, LONG, "a")
@@ -148,8 +176,8 @@ def test_logits_that_are_not_finite_fail_their_own_turn_only(
     step(engine)
     real = engine._loop.runner.run
 
-    def poisoned(pieces: list[object]) -> torch.Tensor:
-        logits = real(pieces).clone()  # type: ignore[arg-type]
+    def poisoned(*args: Any) -> torch.Tensor:
+        logits = real(*args).clone()
         logits[0, 5] = float("nan")
         return logits
 
@@ -464,9 +492,9 @@ def test_a_step_that_hangs_costs_the_worker_its_health(
     engine.on_unhealthy = lambda: lost.append(True)
     real = engine._loop.runner.run
 
-    def slow(pieces: list[object]) -> torch.Tensor:
+    def slow(*args: Any) -> torch.Tensor:
         time.sleep(0.8)
-        return real(pieces)  # type: ignore[arg-type]
+        return real(*args)
 
     monkeypatch.setattr(engine._loop.runner, "run", slow)
     engine.start()

@@ -28,7 +28,7 @@ class Backend(Protocol):
             tokens: int64 `[T]`, on the device.
             positions: int64 `[T]`: the rotary position of each.
             keep: int64 `[R]`: the rows whose logits are wanted.
-            batch: where the rows belong.
+            batch: where the rows belong; its `meanwhile` is called once.
 
         Returns:
             `[R, vocab]`.

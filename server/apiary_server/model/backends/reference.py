@@ -38,6 +38,7 @@ class Reference:
         return self.model.dtype
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: Batch) -> Tensor:
+        batch.meanwhile()
         logits: Tensor = self.model(
             input_ids=tokens[None],
             position_ids=positions[None],

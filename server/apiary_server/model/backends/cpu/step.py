@@ -59,6 +59,7 @@ class DecodeStep:
         for memory, given in zip(self._inputs, inputs, strict=True):
             memory[:count] = given
         self._kernels.decoding.load(batch.decodes[0])
+        batch.meanwhile()
         self._tape(count)
         return self._decoder.head(self._normed[:count])
 

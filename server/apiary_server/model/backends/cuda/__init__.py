@@ -71,6 +71,7 @@ class Cuda:
         hidden = torch.empty(len(tokens), width, dtype=self._dtype, device=self._device)
         for rows, compute in parts:
             hidden[rows] = compute()
+        batch.meanwhile()
         return self._decoder.logits(hidden[keep])
 
     def _decoding(
