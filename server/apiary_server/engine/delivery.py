@@ -99,13 +99,11 @@ class TokenStream:
             if self._delta is None and self._error is None:
                 self._awaited = self.loop.create_future()
                 await self._awaited
-            if self._error is not None:
-                self._ended = True
-                raise self._error
             with self._lock:
                 delta, self._delta = self._delta, None
                 if delta is None:
-                    raise RuntimeError("a stream was woken with nothing to read")
+                    self._ended = True
+                    raise self._error or RuntimeError("a stream was woken with nothing to read")
                 self._ended = delta.finish_reason is not None
                 if self.closed:
                     continue

@@ -1,4 +1,5 @@
-"""One step of the engine: take commands, end what is over, schedule, run, hand out."""
+"""One step of the engine: take commands, end what is over, schedule, run; and meanwhile hand out what the
+step before made."""
 
 from __future__ import annotations
 
@@ -121,6 +122,8 @@ class Loop:
     def step(self) -> None:
         """One turn of the loop: take commands, end what is over, schedule, run, hand out what came of it, or
         leave that to the next turn."""
+        if not self._mailbox.empty:
+            self._hand_over()  # what was asked for may take its time
         wait = _PAUSED_WAIT if self._scheduler.turns() else _IDLE_WAIT
         self._mailbox.obey(wait if self._idle else 0)
         self._end_lost_turns()

@@ -44,6 +44,11 @@ class Mailbox:
         self.post(lambda: settle(outcome, work))
         return outcome
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was asked for."""
+        return self._commands.empty()
+
     def obey(self, wait: float) -> None:
         """Do what was asked for; if that is nothing, wait so many seconds for the first."""
         with contextlib.suppress(queue.Empty):

@@ -159,7 +159,7 @@ def test_a_failing_step_fails_only_its_turns(engine: Engine, monkeypatch: pytest
     step(engine, 3)
     with monkeypatch.context() as patch:
         patch.setattr(
-            engine._loop.runner, "run", lambda pieces: (_ for _ in ()).throw(ValueError("broken kernel"))
+            engine._loop.runner, "run", lambda *_: (_ for _ in ()).throw(ValueError("broken kernel"))
         )
         step(engine)
     assert isinstance(reader.error, errors.Internal)

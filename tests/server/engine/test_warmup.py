@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ def warm(engine: Engine, policy: str | None = None) -> list[int]:
     runner, counts = engine._loop.runner, []
     real = runner.run
 
-    def run(pieces: Sequence[Piece]) -> torch.Tensor:
+    def run(pieces: Sequence[Piece], *args: Any) -> torch.Tensor:
         counts.append(sum(len(piece.tokens) for piece in pieces))
-        return real(pieces)
+        return real(pieces, *args)
 
     runner.run = run  # type: ignore[method-assign]
     warm_up(runner, engine._loop.residency, engine.sessions.one_shot("", policy), engine._rotary)
@@ -60,7 +61,7 @@ def test_a_started_engine_is_warm(make_engine: MakeEngine, monkeypatch: pytest.M
     monkeypatch.setattr(
         engine._loop.runner,
         "run",
-        lambda pieces: threads.append(threading.current_thread().name) or real(pieces),
+        lambda *args: threads.append(threading.current_thread().name) or real(*args),
     )
     engine.start()
     assert threads == ["engine", "engine"], "the thread that takes the steps, before anybody may ask"
@@ -73,7 +74,7 @@ def test_an_engine_that_cannot_compute_says_so(
 ) -> None:
     engine, told = make_engine(start=False), threading.Event()
 
-    def broken(pieces: Sequence[Piece]) -> torch.Tensor:
+    def broken(*_: Any) -> torch.Tensor:
         raise ValueError("broken kernel")
 
     monkeypatch.setattr(engine._loop.runner, "run", broken)

@@ -33,11 +33,11 @@ async def busy(
     run, encode = engine._loop.runner.run, engine._door.tokenizer.encode
     matrix = torch.rand(256, 256)
 
-    def long_step(pieces: Any) -> torch.Tensor:
+    def long_step(*args: Any) -> torch.Tensor:
         end = time.monotonic() + STEP
         while time.monotonic() < end:  # computes, as a step does
             matrix @ matrix
-        return run(pieces)
+        return run(*args)
 
     def slow_encode(*args: Any, **options: Any) -> list[int]:
         time.sleep(2 * STEP)

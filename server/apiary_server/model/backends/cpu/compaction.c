@@ -32,7 +32,7 @@ typedef struct {
 } Keep;
 
 INLINE float squares(const void *values, int64_t at, int64_t dim, int type) {
-    if (type == INT8) { /* exact: at most 2^17 channels */
+    if (type == INT8) { /* exact: at most 2^18 channels */
         const int8_t *codes = (const int8_t *)values + at;
         uint32_t sum = 0;
         for (int64_t d = 0; d < dim; d++) sum += (uint16_t)(codes[d] * codes[d]); /* half as wide, as it fits */

@@ -65,13 +65,14 @@ class Cuda:
                 rest.decodes.append(run)
             else:
                 parts.append(self._decoding(run, run.home, run.slots, tokens, positions))
-        if rest.decodes or rest.chunks:
-            parts.append(self._as_it_comes(rest, tokens, positions))
+        eager = [self._as_it_comes(rest, tokens, positions)] if rest.decodes or rest.chunks else []
         width = len(self._decoder.norm.weight)
         hidden = torch.empty(len(tokens), width, dtype=self._dtype, device=self._device)
         for rows, compute in parts:
             hidden[rows] = compute()
-        batch.meanwhile()
+        batch.meanwhile()  # now, since the host may have to wait in what is not captured
+        for rows, compute in eager:
+            hidden[rows] = compute()
         return self._decoder.logits(hidden[keep])
 
     def _decoding(
