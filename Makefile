@@ -53,8 +53,9 @@ bench-quality: model ## Measure what cache policies cost in quality on the evalu
 	@$(bin)/apiary bench quality --model $(MODEL) --data $(DATA) $(ARGS)
 
 .PHONY: test
-test: lint model ## Lint, type-check, and run all tests, two at a time; pytest's arguments in ARGS (-n 0: one at a time)
-	@$(bin)/python -m pytest -n 2 --dist worksteal $(ARGS)
+test: lint model ## Lint, type-check, and run all tests, two at a time, and those that measure time alone; or pytest's arguments in ARGS (-n 0: one at a time)
+	@$(bin)/python -m pytest -n 2 --dist worksteal $(if $(ARGS),$(ARGS),-m "not alone")
+	@$(if $(ARGS),,$(bin)/python -m pytest -m alone)
 
 .PHONY: test-kills
 test-kills: $(stamp) ## Kill workers 200 times, at random and at each point of a commit: nothing may be lost

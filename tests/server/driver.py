@@ -122,7 +122,7 @@ def run(engine: Engine, *readers: Reader, steps: int = 5000) -> None:
             if all(reader.ended for reader in readers):
                 return
             wake(engine)
-            one_step(engine)
+            engine._loop.step()
     raise AssertionError(f"not ended after {steps} steps")
 
 
@@ -140,9 +140,11 @@ def wake(engine: Engine) -> None:
 
 
 def step(engine: Engine, count: int = 1) -> None:
-    """Step the engine by hand; there must be a turn, or each step waits."""
+    """Step the engine by hand, and hand out what came of it; there must be a turn, or each step waits."""
     with torch.inference_mode():
-        for _ in range(count):
+        for _ in range(count - 1):
+            engine._loop.step()
+        if count:
             one_step(engine)
 
 

@@ -39,6 +39,7 @@ def _first_token_seconds(worker: Worker) -> float:
     return seconds
 
 
+@pytest.mark.alone
 def test_a_started_worker_answers_at_once(start_worker: Callable[..., Worker]) -> None:
     """The machine may be busy with other things: the best of three starts counts, for either figure, and what
     another process takes beside them."""

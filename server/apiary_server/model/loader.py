@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +79,10 @@ def load(
     Raises:
         UnservableModel: the files are not a model, or not one whose layers this worker can serve so.
     """
+    threads = torch.get_num_threads()
+    # thousands of small operations: threads would wait for each other (beside another worker that computes, a
+    # start took 52 s and not 9)
+    torch.set_num_threads(1)
     try:
         loaded, model = _load(path, device, dtype, cache_dtype)
         return _with_backend(path, loaded, model, backend, weights)
@@ -89,6 +91,8 @@ def load(
     except Exception as error:  # what transformers raises for odd files has no common base
         reason = textwrap.shorten(str(error), 400)
         raise UnservableModel(f"{path} cannot be loaded: {reason} ({type(error).__name__})") from error
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _load(
@@ -198,18 +202,6 @@ def _rotary(path: Path, model: PreTrainedModel, config: PretrainedConfig) -> Rot
     return Rotary(inv_freq.detach().clone(), config.max_position_embeddings)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For thousands of tiny operations, between which threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
 def _check_forward(path: Path, loaded: LoadedModel, model: PreTrainedModel) -> None:
     """Compare a few tokens over our cache, a chunk and three more, with the model's own attention. This
     catches whatever in a model's attention no configuration field tells; and the third is computed by what a
@@ -233,7 +225,6 @@ def _check_forward(path: Path, loaded: LoadedModel, model: PreTrainedModel) -> N
         )
 
 
-@_one_thread()
 def _check_moves(path: Path, loaded: LoadedModel) -> None:
     """Compare keys that our rotation moved with keys that the model itself put there, in every layer. This
     catches other conventions of rotation, and layers that do not rotate."""
