@@ -80,8 +80,11 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def default_likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Torch's argmax looks at one number after the other, its maximum at many together; so the maximum of
-    each part says in which part to look."""
+    """As `likeliest`.
+
+    Torch's argmax looks at one number after the other, its maximum at many together; so the maximum of each
+    part says in which part to look.
+    """
     vocabulary = logits.shape[-1]
     whole = vocabulary // _PART * _PART
     largest = logits[:, :whole].unflatten(-1, (whole // _PART, _PART)).amax(dim=-1)

@@ -46,9 +46,9 @@ INLINE float squares(const void *values, int64_t at, int64_t dim, int type) {
     return sum;
 }
 
-INLINE void lengths(const Norms *task, int64_t layer, int64_t head, int64_t dim, int type) {
+INLINE void lengths(const Norms *task, int64_t layer, int64_t head, int type) {
     float *output = task->output + (layer * task->heads + head) * task->entries;
-    int64_t at = layer * task->layer + head * task->head;
+    int64_t at = layer * task->layer + head * task->head, dim = task->dim;
     for (int64_t j = 0; j < task->entries; j++) output[j] = squares(task->values, at + j * dim, dim, type);
     for (int64_t j = 0; j < task->entries; j++) output[j] = sqrtf(output[j]);
     if (type != INT8) return;
@@ -56,22 +56,12 @@ INLINE void lengths(const Norms *task, int64_t layer, int64_t head, int64_t dim,
     for (int64_t j = 0; j < task->entries; j++) output[j] *= scales[j];
 }
 
-/* Of the dimensions that most models have, compilers know how many vectors they are. */
 FOR_EACH_PROCESSOR static void norms(const Norms *task, int64_t layer, int64_t head) {
-#define ONE(TYPE)                                              \
-    case TYPE:                                                 \
-        switch (task->dim) {                                   \
-        case 64: lengths(task, layer, head, 64, TYPE); break;  \
-        case 128: lengths(task, layer, head, 128, TYPE); break; \
-        default: lengths(task, layer, head, task->dim, TYPE);  \
-        }                                                      \
-        break
     switch (task->type) {
-        ONE(INT8);
-        ONE(BFLOAT16);
-        ONE(FLOAT32);
+    case INT8: lengths(task, layer, head, INT8); break;
+    case BFLOAT16: lengths(task, layer, head, BFLOAT16); break;
+    default: lengths(task, layer, head, FLOAT32);
     }
-#undef ONE
 }
 
 int apiary_norms(const Norms *task) {

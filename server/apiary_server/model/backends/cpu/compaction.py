@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apiary_server.model.backends.cpu.attention import TYPES
-from apiary_server.model.backends.cpu.kernel import Kernel
+from apiary_server.model.backends.cpu.kernel import Kernel, registered
 from buzz import norms, ranking
 
 _MANY = 2**12
@@ -55,10 +55,7 @@ def register() -> torch.library.Library:
     Raises:
         OSError: they were not built.
     """
-    operators = torch.library.Library("buzz", "IMPL")
-    for name, operator in (("norms", _norms), ("honeycomb", _honeycomb), ("keep", _keep)):
-        operators.impl(name, functools.partial(operator, Kernel("compaction", name)), "CPU")
-    return operators
+    return registered("buzz", "compaction", norms=_norms, honeycomb=_honeycomb, keep=_keep)
 
 
 def _norms(kernel: Kernel, entries: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from ctypes import c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,3 +49,21 @@ class Kernel:
             recording.append(self._name, self._address, task)
         elif not self._player.one(self._address, task, alone=alone):
             raise MemoryError(f"no memory for {self._name}")
+
+
+def registered(namespace: str, source: str, **operators: Callable[..., Any]) -> torch.library.Library:
+    """Let operators of `buzz.operators` be done by kernels where their tensors are on a CPU, for as long as
+    what this returns is kept.
+
+    Args:
+        namespace: the operators'.
+        source: the kernels' C file.
+        operators: by the name of both, what is done: a function of the kernel and the operator's arguments.
+
+    Raises:
+        OSError: the kernels were not built.
+    """
+    found = torch.library.Library(namespace, "IMPL")
+    for name, operator in operators.items():
+        found.impl(name, functools.partial(operator, Kernel(source, name)), "CPU")
+    return found

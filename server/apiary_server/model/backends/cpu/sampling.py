@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apiary_server.model import sampler
-from apiary_server.model.backends.cpu.kernel import Kernel
+from apiary_server.model.backends.cpu.kernel import Kernel, registered
 
 
 class _Likeliest(ctypes.Structure):
@@ -31,9 +31,7 @@ def register() -> torch.library.Library:
     Raises:
         OSError: it was not built.
     """
-    operators = torch.library.Library("apiary", "IMPL")
-    operators.impl("likeliest", functools.partial(_likeliest, Kernel("sampling", "likeliest")), "CPU")
-    return operators
+    return registered("apiary", "sampling", likeliest=_likeliest)
 
 
 def _likeliest(kernel: Kernel, logits: Tensor) -> tuple[Tensor, Tensor]:
