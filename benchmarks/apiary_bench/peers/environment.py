@@ -64,8 +64,8 @@ class Environment:
     def __init__(self, name: str, recipe: Recipe, root: Path, torch_index: str | None = None) -> None:
         self.path = root / name
         self.log = root / f"{name}.install.log"
-        # -E: what PYTHONPATH names is of this process's environment
-        self.python = (str(self.path / "bin" / "python"), "-E")
+        # -E: what PYTHONPATH names is of this process's environment; -P: what lies beside a program is ours
+        self.python = (str(self.path / "bin" / "python"), "-E", "-P")
         self._name = name
         self._recipe = recipe
         self._torch_index = torch_index

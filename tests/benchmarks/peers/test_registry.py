@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from apiary_bench.errors import SettingsError
 from apiary_bench.peers import registry
 from apiary_bench.peers.apiary import Own
-from apiary_bench.peers.engine import EngineError
+from apiary_bench.peers.engine import EngineError, Identity
 from apiary_bench.peers.environment import Environment
 from apiary_bench.peers.guest import RUNNER
 from apiary_bench.peers.registry import Foreign
@@ -134,7 +135,7 @@ async def test_an_engine_is_sized_for_what_it_can_take(model: Path, guests: Gues
     (vllm,) = peers("vllm-fp8", model=model, root=tmp_path)
     async with vllm.start(workload(*LOADS)):
         pass
-    assert guests.command == [str(tmp_path / "vllm" / "bin" / "python"), "-E", RUNNER, "vllm"]
+    assert guests.command == [str(tmp_path / "vllm" / "bin" / "python"), "-E", "-P", RUNNER, "vllm"]
     cpus = guests.settings["cpus"]
     assert cpus == sorted(set(cpus))
     assert cpus
@@ -164,6 +165,40 @@ async def test_vllm_is_given_the_libraries_that_its_manual_asks_for(
     monkeypatch.setattr(registry, "find_library", lambda name: f"lib{name}.so.4")
     async with vllm.start(workload(LOADS[0])):
         assert guests.variables == {"LD_PRELOAD": f"{library}:libtcmalloc_minimal.so.4"}
+
+
+@pytest.mark.usefixtures("made")
+async def test_vllms_server_is_told_what_the_engine_within_is_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    @asynccontextmanager
+    async def serving(
+        name: str, command: Sequence[str], called: str, identity: Identity, *rest: Any
+    ) -> AsyncIterator[SimpleNamespace]:
+        asked.update(command=command, identity=identity, variables=rest[1])
+        yield SimpleNamespace(name=name)
+
+    monkeypatch.setattr(registry, "serving", serving)
+    monkeypatch.setattr(registry, "find_library", lambda name: None)
+    (server,) = peers("vllm-server", model=model, root=tmp_path)
+    async with server.start(workload(*LOADS)) as running:
+        assert running.name == "vllm-server"
+    command = asked["command"]
+    assert command[: command.index("--model") + 2] == [
+        *(str(tmp_path / "vllm" / "bin" / "python"), "-E", "-P"),
+        *("-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+    ]
+    told = dict(pairwise(command))
+    assert told["--kv-cache-memory-bytes"] == str(GIB)
+    assert told["--max-num-seqs"] == "5"
+    assert told["--max-model-len"] == "100"
+    assert told["--dtype"] == "float32"
+    assert "--enable-prefix-caching" in command
+    assert asked["identity"].budget_bytes == GIB
+    assert asked["identity"].positions == 100
+    assert asked["variables"]["VLLM_CPU_OMP_THREADS_BIND"]
 
 
 async def test_an_engine_that_was_not_installed_says_why(

@@ -37,9 +37,9 @@ def peers(
         list[str] | None,
         typer.Option(
             metavar="NAME,...",
-            help="apiary-fp32, apiary-int8, both also with -bf16 or -int8 (cache), vllm, "
-            "vllm-fp8 (cache), llama.cpp, llama.cpp-native (built here: half an hour), transformers; "
-            "several, or a comma list. "
+            help="apiary-fp32, apiary-int8, both also with -bf16 or -int8 (cache), vllm, vllm-fp8 "
+            "(cache), vllm-server (over HTTP), llama.cpp, llama.cpp-native (built here: half an hour), "
+            "transformers; several, or a comma list. "
             "[dim]\\[default: apiary-fp32, apiary-int8, vllm, llama.cpp, transformers][/dim]",
             show_default=False,
         ),
@@ -111,8 +111,8 @@ def peers(
     """Put the same workloads on Apiary and on other engines, one engine at a time.
 
     Each is installed once, in its own virtual environment, and started anew for every workload, with all
-    processors and one budget for the caches of all sessions. Apiary is measured over gRPC, vLLM and
-    transformers within their process, llama.cpp over its HTTP server.
+    processors and one budget for the caches of all sessions. Apiary is measured over gRPC, vllm-server
+    and llama.cpp over HTTP, vllm and transformers within their process, without text.
 
     decode: 16 sessions of 600 tokens; tokens/s while all decode. turns: 16 sessions of 3,000 tokens, then
     three turns of 32 in and 32 out; tokens/s from the first request to the last token. prefill: 512 and 4,000

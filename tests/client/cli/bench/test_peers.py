@@ -183,6 +183,6 @@ def test_the_help_says_what_is_measured(invoke: Invoke) -> None:
     for definition in (
         "decode: 16 sessions of 600 tokens; tokens/s while all decode.",
         "A row is void if any of its turns failed or was cut short.",
-        "llama.cpp over its HTTP server",
+        "vllm-server and llama.cpp over HTTP",
     ):
         assert definition in text
